@@ -1,0 +1,320 @@
+"""What compiled code needs of the machine: memory by address, acquire/release accesses, system calls, pthread locks.
+
+Every primitive is a Python function with a compiled twin (`@overload`), so that the whole package runs the same with
+NUMBA_DISABLE_JIT=1. Symbols are resolved by LLVM from the running process; no pointer is baked into compiled code, which
+therefore can be cached on disk. Addresses are int64.
+"""
+
+import ctypes
+import hashlib
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, config, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _fingerprint() -> str:
+    """Digest of every module that holds compiled code."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        source = path.read_bytes()
+        if b"@jit" in source or b"@overload" in source:
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + source)
+    return digest.hexdigest()
+
+
+_STAMP = _fingerprint()
+
+
+def jit(function: _Function) -> _Function:
+    """`numba.njit(nogil=True, cache=True)` whose cache entry is valid only for exactly these sources of the package.
+
+    Numba itself looks at the file of the function alone, and would go on using a cached caller of a changed callee.
+    """
+    dispatcher: Any = njit(nogil=True, cache=True)(function)
+    if not config.DISABLE_JIT:
+        dispatcher._cache._cache_file._source_stamp = _STAMP
+    return dispatcher  # type: ignore[no-any-return]
+
+
+_i64 = types.int64
+_c_memcpy = types.ExternalFunction("memcpy", _i64(_i64, _i64, _i64))
+_c_syscall = types.ExternalFunction("syscall", _i64(_i64, _i64, _i64, _i64, _i64, _i64, _i64))
+_c_pread = types.ExternalFunction("pread64", _i64(types.int32, _i64, _i64, _i64))
+_c_errno = types.ExternalFunction("__errno_location", _i64())
+_c_clock = types.ExternalFunction("clock_gettime", types.int32(types.int32, _i64))
+_c_lock = types.ExternalFunction("pthread_mutex_lock", types.int32(_i64))
+_c_unlock = types.ExternalFunction("pthread_mutex_unlock", types.int32(_i64))
+_c_broadcast = types.ExternalFunction("pthread_cond_broadcast", types.int32(_i64))
+_c_timedwait = types.ExternalFunction("pthread_cond_timedwait", types.int32(_i64, _i64, _i64))
+_libc = ctypes.CDLL(None, use_errno=True)
+for _name in ("syscall", "pread64"):
+    getattr(_libc, _name).restype = ctypes.c_long
+
+MUTEX_BYTES = 64
+"""A zeroed block of this many bytes is an unlocked pthread mutex, or a condition variable without waiters (Linux)."""
+
+SYS_IO_URING_SETUP, SYS_IO_URING_ENTER, SYS_IO_URING_REGISTER = 425, 426, 427
+SYS_STATX = {"x86_64": 332, "aarch64": 291}.get(platform.machine(), -1)
+
+
+def memcpy(destination: int, source: int, num_bytes: int) -> None:
+    """Copy bytes between two addresses that do not overlap."""
+    ctypes.memmove(int(destination), int(source), int(num_bytes))
+
+
+@overload(memcpy)
+def _memcpy(destination, source, num_bytes):  # type: ignore[no-untyped-def]
+    def copy(destination, source, num_bytes):  # type: ignore[no-untyped-def]
+        _c_memcpy(destination, source, num_bytes)
+
+    return copy
+
+
+def prefetch(address: int) -> None:
+    """Ask for the cache line at an address. A hint: any address is allowed."""
+
+
+@intrinsic
+def _prefetch_line(context, address):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pointer, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        declared = ir.FunctionType(ir.VoidType(), [pointer, int32, int32, int32])
+        function = cgutils.get_or_insert_function(builder.module, declared, "llvm.prefetch.p0")
+        flags = [ir.Constant(int32, flag) for flag in (0, 3, 1)]
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), *flags])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), emit
+
+
+@overload(prefetch)
+def _prefetch(address):  # type: ignore[no-untyped-def]
+    return lambda address: _prefetch_line(address)
+
+
+def _atomic(bits: int, kind: Any) -> tuple[Any, Any]:
+    """Acquire load and release store of a naturally aligned integer at an address."""
+    word = ir.IntType(bits)
+
+    @intrinsic
+    def load(context, address):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            return builder.load_atomic(builder.inttoptr(arguments[0], word.as_pointer()), "acquire", bits // 8)
+
+        return kind(types.int64), emit
+
+    @intrinsic
+    def store(context, address, value):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            narrow = arguments[1] if bits == 64 else builder.trunc(arguments[1], word)
+            pointer = builder.inttoptr(arguments[0], word.as_pointer())
+            builder.store_atomic(narrow, pointer, "release", bits // 8)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), emit
+
+    return load, store
+
+
+_load16, _store16 = _atomic(16, types.int16)
+_load32, _store32 = _atomic(32, types.uint32)
+_load64, _store64 = _atomic(64, types.int64)
+
+
+def load16(address: int) -> int:
+    """int16 at an address, with acquire order."""
+    return ctypes.c_int16.from_address(int(address)).value
+
+
+def store16(address: int, value: int) -> None:
+    """Store an int16 with release order."""
+    ctypes.c_int16.from_address(int(address)).value = int(value)
+
+
+def load32(address: int) -> int:
+    """uint32 at an address as int64, with acquire order."""
+    return ctypes.c_uint32.from_address(int(address)).value
+
+
+def store32(address: int, value: int) -> None:
+    """Store the low 32 bits of a value with release order."""
+    ctypes.c_uint32.from_address(int(address)).value = int(value) & 0xFFFFFFFF
+
+
+def load64(address: int) -> int:
+    """int64 at an address, with acquire order."""
+    return ctypes.c_int64.from_address(int(address)).value
+
+
+def store64(address: int, value: int) -> None:
+    """Store an int64 with release order."""
+    ctypes.c_int64.from_address(int(address)).value = int(value)
+
+
+@overload(load16)
+def _load16_twin(address):  # type: ignore[no-untyped-def]
+    return lambda address: np.int64(_load16(address))
+
+
+@overload(store16)
+def _store16_twin(address, value):  # type: ignore[no-untyped-def]
+    return lambda address, value: _store16(address, value)
+
+
+@overload(load32)
+def _load32_twin(address):  # type: ignore[no-untyped-def]
+    return lambda address: np.int64(_load32(address))
+
+
+@overload(store32)
+def _store32_twin(address, value):  # type: ignore[no-untyped-def]
+    return lambda address, value: _store32(address, value)
+
+
+@overload(load64)
+def _load64_twin(address):  # type: ignore[no-untyped-def]
+    return lambda address: _load64(address)
+
+
+@overload(store64)
+def _store64_twin(address, value):  # type: ignore[no-untyped-def]
+    return lambda address, value: _store64(address, value)
+
+
+@intrinsic
+def _pointer(context, address):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), emit
+
+
+def table64(address: int, num_rows: int, num_columns: int) -> Any:
+    """int64[num_rows, num_columns] over memory that somebody else keeps alive."""
+    kind = ctypes.c_int64 * (int(num_rows) * int(num_columns))
+    return np.frombuffer(kind.from_address(int(address)), np.int64).reshape(int(num_rows), int(num_columns))
+
+
+@overload(table64)
+def _table64(address, num_rows, num_columns):  # type: ignore[no-untyped-def]
+    return lambda address, num_rows, num_columns: carray(_pointer(address), (num_rows, num_columns), np.int64)
+
+
+def syscall(number: int, a: int, b: int, c: int, d: int, e: int, f: int) -> int:
+    """Enter the kernel; the result, or minus errno."""
+    result = _libc.syscall(*(ctypes.c_long(int(word)) for word in (number, a, b, c, d, e, f)))
+    return -ctypes.get_errno() if result < 0 else int(result)
+
+
+@overload(syscall)
+def _syscall(number, a, b, c, d, e, f):  # type: ignore[no-untyped-def]
+    def enter(number, a, b, c, d, e, f):  # type: ignore[no-untyped-def]
+        result = _c_syscall(number, a, b, c, d, e, f)
+        if result < 0:
+            return -np.int64(_load32(_c_errno()))
+        return result
+
+    return enter
+
+
+def pread(descriptor: int, address: int, num_bytes: int, offset: int) -> int:
+    """Read at an offset into memory; the number of bytes read, or minus errno."""
+    result = _libc.pread64(
+        int(descriptor), ctypes.c_void_p(int(address)), ctypes.c_size_t(int(num_bytes)), ctypes.c_long(int(offset))
+    )
+    return -ctypes.get_errno() if result < 0 else int(result)
+
+
+@overload(pread)
+def _pread(descriptor, address, num_bytes, offset):  # type: ignore[no-untyped-def]
+    def read(descriptor, address, num_bytes, offset):  # type: ignore[no-untyped-def]
+        result = _c_pread(np.int32(descriptor), address, num_bytes, offset)
+        if result < 0:
+            return -np.int64(_load32(_c_errno()))
+        return result
+
+    return read
+
+
+def lock(mutex: int) -> None:
+    """Take a pthread mutex."""
+    _libc.pthread_mutex_lock(ctypes.c_void_p(int(mutex)))
+
+
+def unlock(mutex: int) -> None:
+    """Give a pthread mutex back."""
+    _libc.pthread_mutex_unlock(ctypes.c_void_p(int(mutex)))
+
+
+def broadcast(condition: int) -> None:
+    """Wake every thread that waits on a pthread condition variable."""
+    _libc.pthread_cond_broadcast(ctypes.c_void_p(int(condition)))
+
+
+@overload(lock)
+def _lock(mutex):  # type: ignore[no-untyped-def]
+    def take(mutex):  # type: ignore[no-untyped-def]
+        _c_lock(mutex)
+
+    return take
+
+
+@overload(unlock)
+def _unlock(mutex):  # type: ignore[no-untyped-def]
+    def give(mutex):  # type: ignore[no-untyped-def]
+        _c_unlock(mutex)
+
+    return give
+
+
+@overload(broadcast)
+def _broadcast(condition):  # type: ignore[no-untyped-def]
+    def wake(condition):  # type: ignore[no-untyped-def]
+        _c_broadcast(condition)
+
+    return wake
+
+
+def clock_ns(scratch: Any, clock: int = 1) -> int:
+    """Time of a POSIX clock in ns (1 monotonic, 0 real time); `scratch` is int64[2]."""
+    _libc.clock_gettime(int(clock), ctypes.c_void_p(scratch.ctypes.data))
+    return int(scratch[0]) * 1_000_000_000 + int(scratch[1])
+
+
+@overload(clock_ns)
+def _clock_ns(scratch, clock=1):  # type: ignore[no-untyped-def]
+    def now(scratch, clock=1):  # type: ignore[no-untyped-def]
+        _c_clock(np.int32(clock), scratch.ctypes.data)
+        return scratch[0] * np.int64(1_000_000_000) + scratch[1]
+
+    return now
+
+
+def wait(condition: int, mutex: int, timeout_ns: int, scratch: Any) -> None:
+    """Wait on a condition variable, mutex held, until woken or `timeout_ns` have passed; `scratch` is int64[2]."""
+    until = clock_ns(scratch, 0) + int(timeout_ns)
+    scratch[0], scratch[1] = until // 1_000_000_000, until % 1_000_000_000
+    _libc.pthread_cond_timedwait(
+        ctypes.c_void_p(int(condition)), ctypes.c_void_p(int(mutex)), ctypes.c_void_p(scratch.ctypes.data)
+    )
+
+
+@overload(wait)
+def _wait(condition, mutex, timeout_ns, scratch):  # type: ignore[no-untyped-def]
+    def sleep(condition, mutex, timeout_ns, scratch):  # type: ignore[no-untyped-def]
+        until = clock_ns(scratch, 0) + timeout_ns
+        scratch[0] = until // np.int64(1_000_000_000)
+        scratch[1] = until % np.int64(1_000_000_000)
+        _c_timedwait(condition, mutex, scratch.ctypes.data)
+
+    return sleep

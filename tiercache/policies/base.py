@@ -1,0 +1,64 @@
+"""What a policy is: a NamedTuple of arrays, and two compiled functions that read and write it.
+
+`on_hit(state, keys, slot)` says that the record in `slot` was used. `on_miss(state, keys, pins, key)` says that `key` was
+wanted and is absent, and returns the slot to overwrite, or BYPASS to keep it out of the tier. Both are told of each
+distinct key of a batch once. `keys` is int64[capacity], the key of each slot or EMPTY; `pins` is int16[capacity], and a
+slot with a pin is in use and must not be returned. Slots are handed out from 0 up, then reused.
+
+The generic functions of this module find the policy's own by the type of its state, so that one compiled caller serves
+every policy and can be cached on disk.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from numba.extending import overload
+
+BYPASS = -1
+"""Answer of `on_miss`: do not keep this key."""
+
+EMPTY = -1
+"""Key of a slot that holds nothing that may be served."""
+
+MAX_PINNED_VICTIMS = 64
+"""A policy that has met this many pinned victims in one call answers BYPASS."""
+
+
+class Policy(NamedTuple):
+    """A replacement policy by name.
+
+    `init(capacity, **parameters)` makes the state for `capacity` slots; `check(state, keys)` raises AssertionError where
+    the state contradicts itself.
+    """
+
+    name: str
+    init: Callable[..., Any]
+    check: Callable[[Any, Any], None]
+
+
+def bind(state_type: Any, *, on_hit: Callable[..., Any], on_miss: Callable[..., Any]) -> None:
+    """Tie a policy's compiled functions to the type of its state."""
+    state_type.on_hit = staticmethod(on_hit)
+    state_type.on_miss = staticmethod(on_miss)
+
+
+def on_hit(state: Any, keys: Any, slot: int) -> None:
+    """The record in `slot` was used."""
+    type(state).on_hit(state, keys, slot)
+
+
+def on_miss(state: Any, keys: Any, pins: Any, key: int) -> int:
+    """`key` is wanted and absent: the slot to overwrite, or BYPASS."""
+    return int(type(state).on_miss(state, keys, pins, key))
+
+
+@overload(on_hit)
+def _on_hit(state, keys, slot):  # type: ignore[no-untyped-def]
+    function = state.instance_class.on_hit
+    return lambda state, keys, slot: function(state, keys, slot)
+
+
+@overload(on_miss)
+def _on_miss(state, keys, pins, key):  # type: ignore[no-untyped-def]
+    function = state.instance_class.on_miss
+    return lambda state, keys, pins, key: function(state, keys, pins, key)
