@@ -1,0 +1,151 @@
+"""The configuration of a store: every setting with its default, unit and reason. Read by `store` and `cli` only.
+
+The first four settings say what a store does, the two sections how fast. `StoreConfig.load` takes a TOML file or a
+mapping of the same shape; whatever it refuses is a ConfigError that names the field, the value and what is allowed.
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from tiercache.errors import ConfigError
+
+PolicyName = Literal["fifo", "lru", "lfu", "sieve", "s3fifo", "arc", "wtinylfu", "static"]
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{kind}": base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for kind, base in (("iB", 1024), ("B", 1000))
+}
+_CAPACITY = re.compile(rf"\s*(\d+(?:\.\d+)?)\s*({'|'.join(sorted(_UNITS, reverse=True))})\s*")
+
+
+def parse_bytes(value: object) -> int:
+    """Bytes of "64MiB", "1.5GiB", "8GB" or a plain int. ValueError for anything else and for less than one byte."""
+    match = _CAPACITY.fullmatch(value) if isinstance(value, str) else None
+    if match:
+        value = int(Fraction(match[1]) * _UNITS[match[2]])
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 63:
+        raise ValueError('allowed are a number of bytes above zero, as an integer or like "64MiB", "1.5GiB", "8GB"')
+    return value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class TableConfig(_Section):
+    """One table: rows of one layout."""
+
+    name: Annotated[str, Field(min_length=1)] = "table"
+    """What `fetch(table=...)` calls it; distinct within a store."""
+    path: Path
+    """A .safetensors file, a .safetensors.index.json or a packed directory. Relative paths start at the config file."""
+    fields: tuple[str, ...] = ()
+    """Safetensors only: the tensors that make up a row, in this order. In the name of a tensor in pieces, "{shard}"
+    stands for the number of the piece. Default: the only 2-D tensor there is."""
+    resident: tuple[str, ...] = ()
+    """Fields held in RAM whole, beside the host tier: a small field in its own tensor costs a second read a row."""
+
+    @field_validator("path")
+    @classmethod
+    def _beside_the_config(cls, path: Path, info: ValidationInfo) -> Path:
+        base: Path = (info.context or {}).get("base", Path())
+        return base / path.expanduser()
+
+
+class HostConfig(_Section):
+    """The tier in host memory."""
+
+    capacity: Annotated[int, BeforeValidator(parse_bytes)] = 1 << 30
+    """Bytes for records (bookkeeping comes on top). 1 GiB hurts no machine that runs a model; more is better."""
+    policy: PolicyName = "s3fifo"
+    """What stays. S3-FIFO has the cheapest hits among the policies that resist scans."""
+    policy_options: dict[str, Annotated[int | float, Field(strict=True)]] = {}
+    """Parameters of the policy by name; each policy's file says which it takes."""
+
+
+class StorageConfig(_Section):
+    """How the disk is read."""
+
+    engine: Literal["auto", "uring", "threads"] = "auto"
+    """auto: whichever a short measurement at open shows to be faster here."""
+    queue_depth: Annotated[int, Field(strict=True, ge=1, le=4096)] = 128
+    """Reads in flight at once. NVMe drives need 64 or more for their full rate; beyond 256 only latency grows."""
+    direct: Annotated[bool, Field(strict=True)] = True
+    """O_DIRECT: the tier is the cache, so the page cache would hold every row a second time."""
+    verify: Literal["off", "page"] = "off"
+    """page: compare the checksum of every page read (packed tables). Costs about 1 us a page and reads whole pages."""
+
+
+class StoreConfig(_Section):
+    """A whole store."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What `fetch` returns. auto: the table's own dtype, bfloat16 for fp8."""
+    mode: Literal["r"] = "r"
+    """Read-only; the one mode there is."""
+    tables: tuple[TableConfig, ...] = Field((), alias="table")
+    """Tables on disk. They share the tiers."""
+    host: HostConfig = HostConfig()
+    storage: StorageConfig = StorageConfig()
+
+    @field_validator("tables")
+    @classmethod
+    def _distinct_names(cls, tables: tuple[TableConfig, ...]) -> tuple[TableConfig, ...]:
+        names = [table.name for table in tables]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"each table needs a name of its own; given more than once: {', '.join(twice)}")
+        return tables
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Self) -> Self:
+        """From a TOML file, a mapping or a config. Relative table paths start at the file's directory. ConfigError."""
+        if isinstance(source, cls):
+            return source
+        base, data = (Path(), source) if isinstance(source, Mapping) else _read_toml(Path(source))  # type: ignore[arg-type]
+        try:
+            return cls.model_validate(dict(data), context={"base": base})
+        except ValidationError as error:
+            raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "table": TableConfig,
+    "tables": TableConfig,
+    "host": HostConfig,
+    "storage": StorageConfig,
+}
+
+
+def _read_toml(path: Path) -> tuple[Path, dict[str, Any]]:
+    try:
+        return path.parent, tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+
+
+def _explain(problem: Any) -> str:
+    """One refused setting: field, value, what is allowed."""
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return f"{where}: is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        section = _SECTIONS[problem["loc"][0]] if len(problem["loc"]) > 1 else StoreConfig
+        message = (
+            f"unknown; allowed are {', '.join(field.alias or name for name, field in section.model_fields.items())}"
+        )
+        if where == "device":
+            message = f"this release has no device tier; {message}"
+    if where == "mode":
+        message = f"this release only reads; {message}"
+    return f"{where} = {problem['input']!r}: {message}"

@@ -1,0 +1,125 @@
+"""Record: the bytes of one row, as fields that lie one behind the other, and what they mean as numbers.
+
+A record is one of four kinds:
+
+    one plain field                    BF16, F16, F32, U8 or I8: the row as it is
+    one F8_E4M3 field                  the row as it is, or times one scale for the whole table
+    F8_E4M3 values, F8_E8M0 scales     each scale belongs to a block of `width // num_scales` neighbouring values
+
+Dtype names are those of safetensors. `Record.decode` is the reference: every faster path must give the same bits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from tiercache.errors import FormatError
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+"""Every dtype that a field can have."""
+
+_DECODED = {"F8_E4M3": torch.bfloat16} | {name: DTYPES[name] for name in ("BF16", "F16", "F32", "I8", "U8")}
+
+
+class Field(NamedTuple):
+    """One tensor's share of a record."""
+
+    name: str
+    dtype: str  # a key of DTYPES
+    width: int  # elements per row
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this field in one record."""
+        return self.width * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Record:
+    """Layout and meaning of the bytes of one row. FormatError where the fields make no kind of record."""
+
+    fields: tuple[Field, ...]
+    scale: float | None = None  # multiplies every value of an F8_E4M3 row; float32 value
+
+    def __post_init__(self) -> None:
+        for field in self.fields:
+            if field.dtype not in DTYPES:
+                raise FormatError(f"field {field.name!r} is {field.dtype}; supported are {', '.join(DTYPES)}")
+            if field.width < 1:
+                raise FormatError(f"field {field.name!r} has {field.width} elements per row; at least 1 is needed")
+        kinds = sorted(field.dtype for field in self.fields)
+        blocks = kinds == ["F8_E4M3", "F8_E8M0"]
+        if not blocks and (len(kinds) != 1 or kinds == ["F8_E8M0"]):
+            described = ", ".join(f"{field.name!r} {field.dtype}" for field in self.fields) or "no fields"
+            raise FormatError(
+                f"{described}: a record is one field of {', '.join(_DECODED)}, or F8_E4M3 values with F8_E8M0 scales"
+            )
+        if self.scale is not None and kinds != ["F8_E4M3"]:
+            raise FormatError(f"a global scale belongs to one F8_E4M3 field, not to {', '.join(kinds)}")
+        if blocks and self.dim % (num_blocks := self.fields[1 - self._values].width):
+            raise FormatError(f"{self.dim} values per row cannot be cut into {num_blocks} blocks")
+
+    @cached_property
+    def _values(self) -> int:
+        """Place of the field that holds the values."""
+        return next(place for place, field in enumerate(self.fields) if field.dtype != "F8_E8M0")
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Byte in the record at which each field begins."""
+        return tuple(sum(field.nbytes for field in self.fields[:place]) for place in range(len(self.fields)))
+
+    @cached_property
+    def record_bytes(self) -> int:
+        """Bytes of one record."""
+        return sum(field.nbytes for field in self.fields)
+
+    @property
+    def dim(self) -> int:
+        """Values in a decoded row."""
+        return self.fields[self._values].width
+
+    @property
+    def default_dtype(self) -> torch.dtype:
+        """The values' own dtype; bfloat16 for fp8."""
+        return _DECODED[self.fields[self._values].dtype]
+
+    def decode(self, raw: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Rows as numbers. raw: uint8[n, record_bytes]; returns dtype[n, dim] in new memory. None: `default_dtype`.
+
+        Scaled rows are multiplied in float32 and rounded to `dtype` once. Scale byte 0 means 2^-127, 255 means NaN.
+        """
+        dtype = self.default_dtype if dtype is None else dtype
+        values = self._field(raw, self._values)
+        if len(self.fields) == 2:
+            scales = self._field(raw, 1 - self._values).float()
+            return (values.float() * scales.repeat_interleave(self.dim // scales.shape[-1], -1)).to(dtype)
+        if self.scale is not None:
+            return (values.float() * self.scale).to(dtype)
+        return values.to(dtype)
+
+    def _field(self, raw: torch.Tensor, place: int) -> torch.Tensor:
+        field, offset = self.fields[place], self.offsets[place]
+        piece = raw[..., offset : offset + field.nbytes].clone(memory_format=torch.contiguous_format)
+        return piece.view(DTYPES[field.dtype])
+
+
+def plain(dtype: str, width: int, name: str = "rows") -> Record:
+    """Record of one field."""
+    return Record((Field(name, dtype, width),))
+
+
+def describe(fields: Sequence[Field]) -> str:
+    """Fields in one line, for people."""
+    return " + ".join(f"{field.name} {field.dtype}[{field.width}]" for field in fields)
