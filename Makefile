@@ -1,0 +1,26 @@
+# Each target sets up .venv by itself. The stamp is named after what was installed, so a stale environment is brought up to date.
+PYTHON ?= python3
+READY := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+RUN := .venv/bin/python -m
+
+.PHONY: demo test lint bench
+
+demo: $(READY)
+	$(RUN) tiercache.cli demo
+
+test: $(READY)
+	$(RUN) pytest
+
+lint: $(READY)
+	$(RUN) ruff check
+	$(RUN) mypy
+	.venv/bin/python -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+
+bench: $(READY)
+	$(RUN) tiercache.cli bench
+
+$(READY):
+	.venv/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	$(RUN) pip install --quiet -c constraints.txt -e '.[dev]'
+	rm -f .venv/.ready-*
+	touch $@
