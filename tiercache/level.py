@@ -1,0 +1,264 @@
+"""A level: which rows are in which slots of one tier, and every decision about it. No bytes, no torch, no files.
+
+A batch is planned in two steps. `probe` finds what is resident, before anything changes, and pins it; so no row of a batch
+is evicted by another row of the same batch. `admit` then takes the missing rows in first-seen order and asks the policy for
+a slot each. The policy is told of each distinct row of a batch once: the hits first, then the misses. The simulator and the
+live store run these same two functions.
+
+A row's place is one int32, the same everywhere: `slot >= 0`, or `~i` for row `i` of the batch's staging area, where rows
+that the policy kept out are read to.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tiercache import index
+from tiercache.native import jit, prefetch
+from tiercache.policies.base import BYPASS, EMPTY, Policy, on_hit, on_miss
+
+SLOT = np.dtype([("key", "i8"), ("stamp", "i4"), ("pins", "i2"), ("pending", "i2")])
+"""Per slot: its row or EMPTY; the batch that last used it; plans that hold it; reads it waits for (negative: failed)."""
+
+BATCH, PINNED, HITS, MISSES, BYPASSES = range(5)
+"""Columns of `counters`: number of the batch, slots pinned now, distinct hits, distinct misses, misses kept out."""
+
+MAX_PINS = 32_000
+"""Plans that may hold one slot at the same time."""
+
+_BLOCK = 64
+_LAST_STAMP = 2**31 - 1
+
+
+class Plan(NamedTuple):
+    """Where each row of a batch is, and what must be read. Its slots are pinned until `Level.unpin`.
+
+    where   int32[n]  place of each position
+    misses  int64[m]  distinct rows to read, in first-seen order
+    fill    int32[m]  place each is read to
+    held    int32[h]  distinct slots pinned by this plan
+    staged  number of rows of the staging area
+    pending number of hits whose bytes another plan's read has yet to bring
+    """
+
+    where: npt.NDArray[np.int32]
+    misses: npt.NDArray[np.int64]
+    fill: npt.NDArray[np.int32]
+    held: npt.NDArray[np.int32]
+    staged: int
+    pending: int
+
+
+class Level:
+    """Bookkeeping of one tier of `capacity` slots under a policy. Not safe from several threads: the store locks."""
+
+    def __init__(self, policy: Policy, capacity: int, options: Mapping[str, Any] | None = None) -> None:
+        self.policy = policy
+        self.capacity = capacity
+        self.state = policy.init(capacity, **(options or {}))
+        self.slots = np.zeros(capacity, SLOT)
+        self.slots["key"] = EMPTY
+        self.table = index.new_table(capacity)
+        self.seen = np.zeros(8, np.int64)
+        self.counters = np.zeros(8, np.int64)
+
+    def plan(self, rows: npt.NDArray[np.int64], num_reads: int = 0) -> Plan:
+        """Plan a batch. rows: int64[n], not negative, duplicates welcome. Changes the level; reads and writes no record.
+
+        `num_reads` is how many reads bring one record: a slot to fill is pending until they have.
+        """
+        where = np.empty(rows.size, np.int32)
+        held = np.empty(rows.size, np.int32)
+        hits, missing, pending = probe(
+            self.slots, self.table, self.seen, self.counters, self.state, rows, where, held
+        )
+        if not missing:
+            return Plan(where, _NO_ROWS, _NO_PLACES, held[:hits], 0, pending)
+        misses, fill = np.empty(missing, np.int64), np.empty(missing, np.int32)
+        if self.seen.size < 2 * missing:
+            self.seen = np.zeros(1 << (2 * missing).bit_length(), np.int64)
+        num_held, num_misses, staged = admit(
+            self.slots, self.table, self.seen, self.counters, self.state, rows, where, misses, fill, held, hits, num_reads
+        )
+        return Plan(where, misses[:num_misses], fill[:num_misses], held[:num_held], staged, pending)
+
+    def unpin(self, held: npt.NDArray[np.int32]) -> None:
+        """Let go of the slots of a plan."""
+        unpin(self.slots, self.counters, held)
+
+    def drop(self, slots: npt.NDArray[np.int32]) -> None:
+        """Forget what these slots hold, pinned or not: their read failed."""
+        for slot in slots.tolist():
+            drop(self.slots, self.table, slot)
+
+    def check(self) -> None:
+        """Raise AssertionError where the books do not add up."""
+        keys, pins = self.slots["key"], self.slots["pins"]
+        assert (pins >= 0).all(), "a slot was unpinned more often than pinned"
+        assert np.count_nonzero(pins) == self.counters[PINNED], "pinned slots are miscounted"
+        assert np.unique(keys[keys >= 0]).size == np.count_nonzero(keys >= 0), "a row is in two slots"
+        index.check(self.table, keys)
+        self.policy.check(self.state, keys)
+
+
+_NO_ROWS = np.empty(0, np.int64)
+_NO_PLACES = np.empty(0, np.int32)
+
+
+@jit
+def probe(
+    slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, where: Any, held: Any
+) -> tuple[int, int, int]:
+    """Begin a batch: find, pin and report its resident rows.
+
+    Fills where[i] with the slot of rows[i], or -1, and held with the distinct slots.
+    Returns (distinct hits, positions missing, distinct hits whose bytes are still on their way).
+    """
+    keys, stamps, pins, pending = slots["key"], slots["stamp"], slots["pins"], slots["pending"]
+    if counters[BATCH] == _LAST_STAMP:
+        stamps[:] = 0
+        seen[:] = 0
+        counters[BATCH] = 0
+    counters[BATCH] += 1
+    batch = np.int32(counters[BATCH])
+    entries, slots_at = table.ctypes.data, slots.ctypes.data
+    size = rows.size
+    num_held = missing = waiting = 0
+    for start in range(0, size, _BLOCK):
+        stop = min(start + _BLOCK, size)
+        if size > 4:
+            for i in range(start, stop):
+                prefetch(entries + 8 * index.home(index.tag_of(rows[i]), table.size))
+            for i in range(start, stop):
+                slot = index.candidate(table, index.tag_of(rows[i]))
+                where[i] = slot
+                prefetch(slots_at + 16 * slot)
+        else:
+            for i in range(start, stop):
+                where[i] = index.candidate(table, index.tag_of(rows[i]))
+        for i in range(start, stop):
+            slot = np.int64(where[i])
+            if slot >= 0 and keys[slot] != rows[i]:
+                slot = index.find(table, keys, rows[i])
+                where[i] = slot
+            if slot < 0:
+                missing += 1
+            elif stamps[slot] != batch:
+                stamps[slot] = batch
+                counters[PINNED] += pins[slot] == 0
+                pins[slot] += np.int16(1)
+                waiting += pending[slot] != 0
+                held[num_held] = slot
+                num_held += 1
+                on_hit(state, keys, slot)
+    counters[HITS] += num_held
+    return num_held, missing, waiting
+
+
+@jit
+def admit(
+    slots: Any,
+    table: Any,
+    seen: Any,
+    counters: Any,
+    state: Any,
+    rows: Any,
+    where: Any,
+    misses: Any,
+    fill: Any,
+    held: Any,
+    num_held: int,
+    num_reads: int,
+) -> tuple[int, int, int]:
+    """End a batch: give each distinct missing row a slot, or a place in the staging area.
+
+    `seen` (int64, a power of two at least twice the missing positions) tells a row's second sight within the batch; its
+    entries carry the batch's number and so need no clearing. Returns (slots held, distinct misses, rows staged).
+    """
+    keys, stamps, pins, pending = slots["key"], slots["stamp"], slots["pins"], slots["pending"]
+    batch = counters[BATCH]
+    mask = seen.size - 1
+    num_misses = staged = 0
+    for i in range(rows.size):
+        if where[i] >= 0:
+            continue
+        row = rows[i]
+        at = index.tag_of(row) & mask
+        while seen[at] >> 32 == batch and misses[seen[at] & mask] != row:
+            at = (at + 1) & mask
+        if seen[at] >> 32 == batch:
+            where[i] = fill[seen[at] & mask]
+            continue
+        seen[at] = (batch << 32) | num_misses
+        slot = np.int64(BYPASS)
+        if counters[PINNED] < keys.size:
+            slot = np.int64(on_miss(state, keys, pins, row))
+        if slot >= 0:
+            if keys[slot] >= 0:
+                index.remove(table, keys[slot], slot)
+            keys[slot] = row
+            index.insert(table, row, slot)
+            stamps[slot] = batch
+            pins[slot] = 1
+            pending[slot] = num_reads
+            counters[PINNED] += 1
+            held[num_held] = slot
+            num_held += 1
+        else:
+            slot = ~np.int64(staged)
+            staged += 1
+        where[i] = slot
+        misses[num_misses] = row
+        fill[num_misses] = slot
+        num_misses += 1
+    counters[MISSES] += num_misses
+    counters[BYPASSES] += staged
+    return num_held, num_misses, staged
+
+
+@jit
+def unpin(slots: Any, counters: Any, held: Any) -> None:
+    """Let go of distinct slots that one plan pinned."""
+    pins = slots["pins"]
+    base = slots.ctypes.data
+    for i in range(held.size):
+        if i + 16 < held.size:
+            prefetch(base + 16 * np.int64(held[i + 16]))
+        slot = held[i]
+        pins[slot] -= np.int16(1)
+        counters[PINNED] -= pins[slot] == 0
+
+
+@jit
+def drop(slots: Any, table: Any, slot: int) -> None:
+    """Forget what a slot holds."""
+    keys = slots["key"]
+    slots["pending"][slot] = 0
+    if keys[slot] >= 0:
+        index.remove(table, keys[slot], slot)
+        keys[slot] = EMPTY
+
+
+@jit
+def replay(slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, offsets: Any, batch_hits: Any) -> None:
+    """Plan batch after batch of a trace: rows int64[n], offsets int64[b + 1], batch_hits int64[b] (distinct, written)."""
+    longest = 0
+    for b in range(offsets.size - 1):
+        longest = max(longest, offsets[b + 1] - offsets[b])
+    where, held = np.empty(longest, np.int32), np.empty(longest, np.int32)
+    misses, fill = np.empty(longest, np.int64), np.empty(longest, np.int32)
+    entries = table.ctypes.data
+    for b in range(offsets.size - 1):
+        batch = rows[offsets[b] : offsets[b + 1]]
+        if batch.size <= 4 and offsets[b + 1] + 16 < rows.size:
+            for i in range(offsets[b], offsets[b + 1]):
+                prefetch(entries + 8 * index.home(index.tag_of(rows[i + 16]), table.size))
+        num_held, missing, _ = probe(slots, table, seen, counters, state, batch, where, held)
+        batch_hits[b] = num_held
+        if missing:
+            num_held, _, _ = admit(
+                slots, table, seen, counters, state, batch, where, misses, fill, held, num_held, 0
+            )
+        unpin(slots, counters, held[:num_held])

@@ -1,0 +1,100 @@
+"""Descriptors: the files of a store's tables, open for reading with O_DIRECT where the file system takes it."""
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tiercache.native import SYS_STATX, pread, syscall
+from tiercache.storage.engine import aligned_buffer
+from tiercache.storage.table import TableFile, require_unchanged, storage_error
+
+_STATX_DIOALIGN = 0x2000
+_AT_EMPTY_PATH = 0x1000
+
+
+class OpenFiles(NamedTuple):
+    """Files in one order, that of their numbers in the store.
+
+    `alignment` is that of every offset, length and buffer address: 1 where reads go through the page cache, and then
+    `refusal` says why, unless that was asked for.
+    """
+
+    files: tuple[TableFile, ...]
+    descriptors: npt.NDArray[np.int64]
+    alignment: int
+    refusal: str | None
+
+    def require_unchanged(self, numbers: Sequence[int]) -> None:
+        """StorageError (ESTALE) where one of these files is not any more what it was when it was opened."""
+        for number in numbers:
+            require_unchanged(int(self.descriptors[number]), self.files[number])
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for descriptor in self.descriptors.tolist():
+            os.close(descriptor)
+
+
+def open_files(files: Sequence[TableFile], *, direct: bool) -> OpenFiles:
+    """Open files that must be what they were when their tables were described. StorageError if one is not."""
+    descriptors: list[int] = []
+    try:
+        alignment, refusal = 1, None
+        if direct and files:
+            alignment, refusal = _direct_alignment(files, descriptors)
+        if alignment == 1:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            descriptors.clear()
+            for file in files:
+                descriptors.append(_open(file, 0))
+        for descriptor, file in zip(descriptors, files, strict=True):
+            require_unchanged(descriptor, file)
+    except OSError:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
+    return OpenFiles(tuple(files), np.array(descriptors, np.int64), alignment, refusal)
+
+
+def _direct_alignment(files: Sequence[TableFile], descriptors: list[int]) -> tuple[int, str | None]:
+    """Open all with O_DIRECT; the alignment that serves every file, or 1 and the reason."""
+    alignment = 1
+    for file in files:
+        try:
+            descriptors.append(_open(file, os.O_DIRECT))
+        except OSError as error:
+            if error.errno != 22:
+                raise
+            return 1, f"O_DIRECT is refused for {file.path}: {error.strerror}"
+        own = _alignment_of(descriptors[-1])
+        if own == 0:
+            return 1, f"O_DIRECT reads fail on {file.path}"
+        alignment = max(alignment, own)
+    return alignment, None
+
+
+def _open(file: TableFile, flags: int) -> int:
+    try:
+        return os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | flags)
+    except OSError as error:
+        raise storage_error(error, file.path) from error
+
+
+def _alignment_of(descriptor: int) -> int:
+    """The smallest alignment that the file system says it takes, and does; 0 where direct reads fail."""
+    said = np.zeros(256, np.uint8)
+    empty = np.zeros(1, np.uint8)
+    result = syscall(
+        SYS_STATX, descriptor, empty.ctypes.data, _AT_EMPTY_PATH, _STATX_DIOALIGN, said.ctypes.data, 0
+    )
+    memory, offset = (int(word) for word in said.view(np.uint32)[38:40])
+    candidates = [max(memory, offset)] if result == 0 and offset else [512, 4096]
+    buffer = aligned_buffer(8192)
+    for alignment in candidates:
+        if pread(descriptor, buffer.ctypes.data, alignment, 0) >= 0:
+            return alignment
+    return 0

@@ -1,0 +1,359 @@
+"""The read queue: every read that is wanted and not yet done, shared by the store's threads and the engine's.
+
+A *job* is one plan's reads. It lies in the caller's memory, as int64 tables that the engine reads by address:
+
+    reads   [n, 9]  sorted by AT: one request to the disk each, with the pieces that it brings
+    pieces  [p, 4]  bytes within a read, where they go, and whom to tell
+    wanted  [w]     AT of bytes that an earlier job is to bring and this one needs too
+    result  [8]     what became of it
+
+AT is a linear address over all files (`file << 44 | offset`). `jobs` holds one line a job in progress. The engine takes the
+job that is due first; being due is `max(deadline, now + a fair time for its length)`, so a small job overtakes a big one
+unless that is nearly done, and nothing starves. A job's wanted bytes are taken first, out of the jobs that hold them.
+
+A piece's flag is an int16 count of the pieces that its slot still waits for. It falls by one with each that arrives; a
+failure adds FAILED, so that the count stays exact and its sign tells. Completion is told under the mutex, by one condition
+variable. Everything here holds the mutex only for bookkeeping, never for a read or a copy, and needs no GIL.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tiercache.native import (
+    MUTEX_BYTES,
+    broadcast,
+    clock_ns,
+    jit,
+    load16,
+    load64,
+    lock,
+    memcpy,
+    store16,
+    store64,
+    table64,
+    unlock,
+    wait,
+)
+from tiercache.storage.checksum import PAGE_BYTES, verify_pages
+
+AT, FD, OFFSET, LENGTH, NEEDED, FIRST_PIECE, NUM_PIECES, TAKEN, SUMS = range(9)
+"""Columns of `reads`: LENGTH bytes are asked for, a multiple of the alignment, and the first NEEDED must come (the file may
+end behind them); SUMS is the address of the checksums of their pages, or 0."""
+
+READ_COLUMNS, PIECE_COLUMNS = 9, 4
+
+SKIP, NUM_BYTES, TARGET, FLAG = range(4)
+"""Columns of `pieces`: bytes of the read before it, its length, the address it goes to, the address of its flag or 0."""
+
+DONE, ERRNO, FAILED_AT, FAILED_LENGTH, FAILED_READS, BAD_PAGE = range(6)
+"""Columns of `result`. ERRNO and those after it are of the first failure."""
+
+SERIAL, DUE, READS, NUM_READS, CURSOR, LEFT, PIECES, WANTED, NUM_WANTED, RESULT = range(10)
+"""Columns of `jobs`; a line whose SERIAL is 0 is free."""
+
+STOP, NEXT_SERIAL, WATCHERS, READS_DONE, BYTES_READ, ACTIVE, BROKEN = range(7)
+"""Columns of `control`: end; last serial; threads that watch flags; reads and bytes completed; jobs; fatal errno."""
+
+FAILED = -16_384
+"""Added to a flag when one of its pieces could not be read."""
+
+ECANCELED, EUCLEAN, ENODATA = 125, 117, 61
+FAIR_NS = 12_000
+"""Time that a fair share grants one read, in ns."""
+
+MAX_JOBS = 256
+_SLICE_NS = 100_000_000
+
+
+class Queue(NamedTuple):
+    """Shared state: `sync` holds the mutex and two condition variables (something to do; something done)."""
+
+    sync: npt.NDArray[np.int64]
+    control: npt.NDArray[np.int64]
+    jobs: npt.NDArray[np.int64]
+
+
+def new_queue() -> Queue:
+    """An empty queue."""
+    return Queue(
+        np.zeros(3 * MUTEX_BYTES // 8, np.int64), np.zeros(16, np.int64), np.zeros((MAX_JOBS, 16), np.int64)
+    )
+
+
+@jit
+def _mutex(queue: Any) -> int:
+    return queue.sync.ctypes.data
+
+
+@jit
+def _work(queue: Any) -> int:
+    return queue.sync.ctypes.data + 64
+
+
+@jit
+def _done(queue: Any) -> int:
+    return queue.sync.ctypes.data + 128
+
+
+@jit
+def submit(queue: Any, reads: Any, pieces: Any, wanted: Any, result: Any, deadline_ns: int) -> int:
+    """Queue a job; returns its serial, 0 where the table is full, or minus the errno that broke the engine.
+
+    The arrays must stay alive until result[DONE] is set. `deadline_ns` is of the monotonic clock.
+    """
+    due = max(deadline_ns, clock_ns(np.empty(2, np.int64), 1) + FAIR_NS * reads.shape[0])
+    serial = 0
+    lock(_mutex(queue))
+    if queue.control[BROKEN] != 0 or queue.control[STOP] != 0:
+        serial = -max(queue.control[BROKEN], ECANCELED)
+    else:
+        for line in range(MAX_JOBS):
+            if queue.jobs[line, SERIAL] == 0:
+                queue.control[NEXT_SERIAL] += 1
+                queue.control[ACTIVE] += 1
+                serial = queue.control[NEXT_SERIAL]
+                job = queue.jobs[line]
+                job[DUE], job[READS], job[NUM_READS] = due, reads.ctypes.data, reads.shape[0]
+                job[CURSOR], job[LEFT], job[PIECES] = 0, reads.shape[0], pieces.ctypes.data
+                job[WANTED], job[NUM_WANTED], job[RESULT] = wanted.ctypes.data, wanted.size, result.ctypes.data
+                job[SERIAL] = serial
+                if reads.shape[0] == 0 and wanted.size == 0:
+                    _end(queue, line)
+                broadcast(_work(queue))
+                break
+    unlock(_mutex(queue))
+    return serial
+
+
+@jit
+def _end(queue: Any, line: int) -> None:
+    """A job has no reads left."""
+    store64(queue.jobs[line, RESULT] + 8 * DONE, 1)
+    queue.jobs[line, SERIAL] = 0
+    queue.control[ACTIVE] -= 1
+    broadcast(_done(queue))
+
+
+@jit
+def _find_line(queue: Any, serial: int) -> int:
+    for line in range(MAX_JOBS):
+        if queue.jobs[line, SERIAL] == serial:
+            return line
+    return -1
+
+
+@jit
+def _most_urgent(queue: Any) -> int:
+    """The line of the job that is due first and has something to take, or -1."""
+    best = -1
+    if queue.control[ACTIVE] == 0:
+        return best
+    for line in range(MAX_JOBS):
+        job = queue.jobs[line]
+        if job[SERIAL] != 0 and (job[CURSOR] < job[NUM_READS] or job[NUM_WANTED] > 0):
+            if best < 0 or job[DUE] < queue.jobs[best, DUE]:
+                best = line
+    return best
+
+
+@jit
+def _holder(queue: Any, at: int, asking: int) -> tuple[int, int]:
+    """(line, read) of another job's read that is to bring the byte at `at` and is not yet taken, or (-1, -1)."""
+    for line in range(MAX_JOBS):
+        job = queue.jobs[line]
+        if line == asking or job[SERIAL] == 0 or job[CURSOR] >= job[NUM_READS]:
+            continue
+        reads = table64(job[READS], job[NUM_READS], READ_COLUMNS)
+        low, high = 0, job[NUM_READS]
+        while low < high:
+            middle = (low + high) // 2
+            if reads[middle, AT] <= at:
+                low = middle + 1
+            else:
+                high = middle
+        if low > 0 and reads[low - 1, TAKEN] == 0 and at < reads[low - 1, AT] + reads[low - 1, LENGTH]:
+            return line, low - 1
+    return -1, -1
+
+
+@jit
+def take(queue: Any) -> tuple[int, int]:
+    """(line, read) of the next read to issue, now taken, or (-1, -1). Holds the mutex."""
+    while True:
+        line = _most_urgent(queue)
+        if line < 0:
+            return -1, -1
+        job = queue.jobs[line]
+        if job[NUM_WANTED] > 0:
+            job[NUM_WANTED] -= 1
+            holder, read = _holder(queue, load64(job[WANTED] + 8 * job[NUM_WANTED]), line)
+            if job[NUM_WANTED] == 0 and job[LEFT] == 0:
+                _end(queue, line)
+            if holder < 0:
+                continue
+            line = holder
+        else:
+            read = job[CURSOR]
+            job[CURSOR] += 1
+        reads = table64(queue.jobs[line, READS], queue.jobs[line, NUM_READS], READ_COLUMNS)
+        if reads[read, TAKEN] == 0:
+            reads[read, TAKEN] = 1
+            return line, read
+
+
+@jit
+def deliver(queue: Any, line: int, read: int, buffer: int) -> None:
+    """Copy a read's bytes where its pieces belong. Without the mutex: nobody else touches a taken read."""
+    reads = table64(queue.jobs[line, READS], queue.jobs[line, NUM_READS], READ_COLUMNS)
+    end = reads[read, FIRST_PIECE] + reads[read, NUM_PIECES]
+    pieces = table64(queue.jobs[line, PIECES], end, PIECE_COLUMNS)
+    for p in range(reads[read, FIRST_PIECE], end):
+        memcpy(pieces[p, TARGET], buffer + pieces[p, SKIP], pieces[p, NUM_BYTES])
+
+
+@jit
+def complete(queue: Any, line: int, read: int, errno: int, bad_page: int) -> None:
+    """Tell that a read is done, or failed with an errno. Holds the mutex."""
+    job = queue.jobs[line]
+    reads = table64(job[READS], job[NUM_READS], READ_COLUMNS)
+    end = reads[read, FIRST_PIECE] + reads[read, NUM_PIECES]
+    pieces = table64(job[PIECES], end, PIECE_COLUMNS)
+    for p in range(reads[read, FIRST_PIECE], end):
+        flag = pieces[p, FLAG]
+        if flag != 0:
+            left = load16(flag) - 1
+            if errno != 0 and left >= 0:
+                left += FAILED
+            store16(flag, left)
+    if errno != 0:
+        result = table64(job[RESULT], 1, 8)
+        result[0, FAILED_READS] += 1
+        if result[0, ERRNO] == 0:
+            result[0, ERRNO], result[0, BAD_PAGE] = errno, bad_page
+            result[0, FAILED_AT], result[0, FAILED_LENGTH] = reads[read, AT], reads[read, LENGTH]
+    else:
+        queue.control[READS_DONE] += 1
+        queue.control[BYTES_READ] += reads[read, LENGTH]
+    job[LEFT] -= 1
+    if job[LEFT] == 0 and job[NUM_WANTED] == 0:
+        _end(queue, line)
+    elif queue.control[WATCHERS] > 0:
+        broadcast(_done(queue))
+
+
+@jit
+def finish(queue: Any, line: int, read: int, buffer: int, errno: int) -> None:
+    """A taken read has landed in `buffer`, or failed with an errno: check it, copy it out, tell. Without the mutex."""
+    bad_page = np.int64(-1)
+    if errno == 0:
+        reads = table64(queue.jobs[line, READS], queue.jobs[line, NUM_READS], READ_COLUMNS)
+        if reads[read, SUMS] != 0:
+            bad_page = np.int64(verify_pages(buffer, reads[read, NEEDED], PAGE_BYTES, reads[read, SUMS]))
+        if bad_page >= 0:
+            errno = EUCLEAN
+        else:
+            deliver(queue, line, read, buffer)
+    lock(_mutex(queue))
+    complete(queue, line, read, errno, bad_page)
+    unlock(_mutex(queue))
+
+
+@jit
+def _cancel_line(queue: Any, line: int, errno: int) -> None:
+    job = queue.jobs[line]
+    serial, num_reads = job[SERIAL], job[NUM_READS]
+    job[NUM_WANTED] = 0
+    job[CURSOR] = num_reads
+    if job[LEFT] == 0:
+        _end(queue, line)
+        return
+    reads = table64(job[READS], num_reads, READ_COLUMNS)
+    for read in range(num_reads):
+        if reads[read, TAKEN] == 0 and job[SERIAL] == serial:
+            reads[read, TAKEN] = 1
+            complete(queue, line, read, errno, -1)
+
+
+@jit
+def cancel(queue: Any, serial: int) -> None:
+    """Fail what a job has not begun to read, with ECANCELED. A job that is done is left alone."""
+    lock(_mutex(queue))
+    line = _find_line(queue, serial)
+    if line >= 0 and serial > 0:
+        _cancel_line(queue, line, ECANCELED)
+    unlock(_mutex(queue))
+
+
+@jit
+def fail_all(queue: Any, errno: int) -> None:
+    """Fail what nobody has begun to read, in every job. Holds the mutex."""
+    for line in range(MAX_JOBS):
+        if queue.jobs[line, SERIAL] != 0:
+            _cancel_line(queue, line, errno)
+
+
+@jit
+def hasten(queue: Any, serial: int) -> None:
+    """Somebody waits for this job now: it is due after a fair time for what is left of it."""
+    lock(_mutex(queue))
+    line = _find_line(queue, serial)
+    if line >= 0 and serial > 0:
+        job = queue.jobs[line]
+        job[DUE] = min(job[DUE], clock_ns(np.empty(2, np.int64), 1) + FAIR_NS * (job[NUM_READS] - job[CURSOR]))
+    unlock(_mutex(queue))
+
+
+@jit
+def wait_done(queue: Any, result: Any) -> bool:
+    """Wait up to 0.1 s for a job to be done; whether it is."""
+    scratch = np.empty(2, np.int64)
+    address = result.ctypes.data + 8 * DONE
+    if load64(address) == 0:
+        lock(_mutex(queue))
+        if load64(address) == 0:
+            wait(_done(queue), _mutex(queue), _SLICE_NS, scratch)
+        unlock(_mutex(queue))
+    return load64(address) != 0
+
+
+@jit
+def wait_any(queue: Any) -> None:
+    """Wait up to 0.1 s for some job to be done."""
+    lock(_mutex(queue))
+    wait(_done(queue), _mutex(queue), _SLICE_NS, np.empty(2, np.int64))
+    unlock(_mutex(queue))
+
+
+@jit
+def _arrived(flags: Any) -> bool:
+    for i in range(flags.size):
+        left = load16(flags[i])
+        if left not in (0, FAILED):
+            return False
+    return True
+
+
+@jit
+def wait_flags(queue: Any, flags: Any) -> bool:
+    """Wait up to 0.1 s until no flag (int64[n], addresses) counts anything any more; whether that is so."""
+    scratch = np.empty(2, np.int64)
+    if not _arrived(flags):
+        lock(_mutex(queue))
+        queue.control[WATCHERS] += 1
+        until = clock_ns(scratch, 1) + _SLICE_NS
+        while not _arrived(flags) and clock_ns(scratch, 1) < until:
+            wait(_done(queue), _mutex(queue), _SLICE_NS, scratch)
+        queue.control[WATCHERS] -= 1
+        unlock(_mutex(queue))
+    return _arrived(flags)
+
+
+@jit
+def stop(queue: Any) -> None:
+    """Ask the engine's threads to end once what is in flight has landed."""
+    lock(_mutex(queue))
+    queue.control[STOP] = 1
+    broadcast(_work(queue))
+    unlock(_mutex(queue))

@@ -1,0 +1,100 @@
+"""pread from many threads: the engine that works everywhere. The threads run compiled code and never hold the GIL."""
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from tiercache.native import jit, lock, pread, table64, unlock, wait
+from tiercache.storage.engine import aligned_buffer
+from tiercache.storage.queue import (
+    ECANCELED,
+    ENODATA,
+    FD,
+    LENGTH,
+    NEEDED,
+    NUM_READS,
+    OFFSET,
+    READ_COLUMNS,
+    READS,
+    STOP,
+    Queue,
+    fail_all,
+    finish,
+    stop,
+    take,
+)
+
+_EINTR = 4
+_IDLE_NS = 1_000_000_000
+MAX_THREADS = 64
+
+
+class ThreadsEngine:
+    """`depth` threads (64 at most), each with one read of up to `slot_bytes` in flight."""
+
+    name = "threads"
+
+    def __init__(self, queue: Queue, depth: int, slot_bytes: int, alignment: int) -> None:
+        self.queue = queue
+        num_threads = min(depth, MAX_THREADS)
+        self._buffer = aligned_buffer(num_threads * slot_bytes)
+        self._threads = [
+            threading.Thread(
+                target=serve,
+                args=(queue, self._buffer.ctypes.data + number * slot_bytes, alignment),
+                name=f"tiercache-read-{number}",
+                daemon=True,
+            )
+            for number in range(num_threads)
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def wake(self) -> None:
+        """Nothing to do: the threads wait on the queue's own condition variable."""
+
+    def close(self) -> None:
+        stop(self.queue)
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+
+@jit
+def serve(queue: Any, buffer: int, alignment: int) -> None:
+    """Serve the queue with one bounce buffer until it is stopped."""
+    mutex, work = queue.sync.ctypes.data, queue.sync.ctypes.data + 64
+    scratch = np.empty(2, np.int64)
+    while True:
+        lock(mutex)
+        line, read = take(queue)
+        while line < 0 and queue.control[STOP] == 0:
+            wait(work, mutex, _IDLE_NS, scratch)
+            line, read = take(queue)
+        if queue.control[STOP] != 0:
+            fail_all(queue, ECANCELED)
+        unlock(mutex)
+        if line < 0:
+            return
+        reads = table64(queue.jobs[line, READS], queue.jobs[line, NUM_READS], READ_COLUMNS)
+        errno = _read(reads[read, FD], buffer, reads[read, LENGTH], reads[read, NEEDED], reads[read, OFFSET], alignment)
+        finish(queue, line, read, buffer, errno)
+
+
+@jit
+def _read(descriptor: int, buffer: int, length: int, needed: int, offset: int, alignment: int) -> int:
+    """Read until the needed bytes have come; 0 or an errno."""
+    landed = np.int64(0)
+    while landed < needed:
+        result = np.int64(pread(descriptor, buffer + landed, length - landed, offset + landed))
+        if result == -_EINTR:
+            continue
+        if result < 0:
+            return -result
+        if landed + result < needed and result < alignment:
+            return ENODATA
+        landed += result if landed + result >= needed else result - result % alignment
+    return 0
