@@ -1,0 +1,22 @@
+"""Replacement policies: which key leaves a full tier. One file each; `README.md` beside them says how to add one."""
+
+from tiercache.policies import arc, belady, fifo, lfu, lru, s3fifo, sieve, static, wtinylfu
+from tiercache.policies.base import Policy
+
+DEFAULT = "s3fifo"
+"""Policy of a tier whose config names none."""
+
+POLICIES: dict[str, Policy] = {
+    "fifo": fifo.POLICY,
+    "lru": lru.POLICY,
+    "lfu": lfu.POLICY,
+    "sieve": sieve.POLICY,
+    "s3fifo": s3fifo.POLICY,
+    "arc": arc.POLICY,
+    "wtinylfu": wtinylfu.POLICY,
+    "static": static.POLICY,
+    "belady": belady.POLICY,
+}
+"""Every policy by the name that the config uses. `static` and `belady` need parameters that only code can give."""
+
+__all__ = ["DEFAULT", "POLICIES", "Policy"]
