@@ -36,6 +36,12 @@ def parse_bytes(value: object) -> int:
     return value
 
 
+def _number(value: object) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("allowed is a number")
+    return value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -67,7 +73,7 @@ class HostConfig(_Section):
     """Bytes for records (bookkeeping comes on top). 1 GiB hurts no machine that runs a model; more is better."""
     policy: PolicyName = "s3fifo"
     """What stays. S3-FIFO has the cheapest hits among the policies that resist scans."""
-    policy_options: dict[str, Annotated[int | float, Field(strict=True)]] = {}
+    policy_options: dict[str, Annotated[int | float, BeforeValidator(_number)]] = {}
     """Parameters of the policy by name; each policy's file says which it takes."""
 
 

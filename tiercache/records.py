@@ -9,7 +9,6 @@ A record is one of four kinds:
 Dtype names are those of safetensors. `Record.decode` is the reference: every faster path must give the same bits.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -109,6 +108,14 @@ class Record:
             return (values.float() * self.scale).to(dtype)
         return values.to(dtype)
 
+    def decode_to(self, raw: torch.Tensor, out: torch.Tensor) -> None:
+        """Write `decode(raw, out.dtype)` to out: [n, dim]."""
+        out.copy_(self.decode(raw, out.dtype))
+
+    def is_verbatim(self, dtype: torch.dtype) -> bool:
+        """Whether the bytes of a record are those of its row in `dtype`."""
+        return len(self.fields) == 1 and self.scale is None and DTYPES[self.fields[0].dtype] == dtype
+
     def _field(self, raw: torch.Tensor, place: int) -> torch.Tensor:
         field, offset = self.fields[place], self.offsets[place]
         piece = raw[..., offset : offset + field.nbytes].clone(memory_format=torch.contiguous_format)
@@ -118,8 +125,3 @@ class Record:
 def plain(dtype: str, width: int, name: str = "rows") -> Record:
     """Record of one field."""
     return Record((Field(name, dtype, width),))
-
-
-def describe(fields: Sequence[Field]) -> str:
-    """Fields in one line, for people."""
-    return " + ".join(f"{field.name} {field.dtype}[{field.width}]" for field in fields)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tiercache.errors import ConfigError, FormatError
 from tiercache.storage.safetensors import INDEX_SUFFIX, open_safetensors
-from tiercache.storage.table import FileTable
+from tiercache.storage.table import FileTable, open_file
+from tiercache.storage.zarr import open_zarr
 
 
 def open_table(
@@ -18,6 +19,14 @@ def open_table(
     not a table, ConfigError for fields that it does not have.
     """
     path = Path(path)
+    if path.is_dir():
+        for setting, value in (("fields", fields), ("resident", resident)):
+            if value:
+                raise ConfigError(
+                    f"{setting} = {list(value)}: {path} is packed, its fields lie together; allowed is []"
+                )
+        return open_zarr(name, path)
     if path.name.endswith((".safetensors", INDEX_SUFFIX)):
         return open_safetensors(name, path, fields, resident)
+    open_file(path)
     raise FormatError(f"{path}: neither .safetensors nor {INDEX_SUFFIX} nor a packed directory")

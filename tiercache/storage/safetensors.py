@@ -20,7 +20,7 @@ import torch
 
 from tiercache.errors import ConfigError, FormatError
 from tiercache.records import DTYPES, Field, Record
-from tiercache.storage.table import Extent, FileTable, TableFile, open_file, open_readonly, read_exactly
+from tiercache.storage.table import Extent, FileTable, TableFile, make_record, open_file, open_readonly, read_exactly
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -236,7 +236,7 @@ def _field(path: Path, name: str, parts: list[Tensor]) -> Field:
 def _assemble(
     name: str, path: Path, parts: dict[str, list[Tensor]], scale: float | None, resident: Sequence[str]
 ) -> FileTable:
-    record = Record(tuple(_field(path, field, tensors) for field, tensors in parts.items()), scale)
+    record = make_record(path, tuple(_field(path, field, tensors) for field, tensors in parts.items()), scale)
     counts = {field: sum(tensor.shape[0] for tensor in tensors) for field, tensors in parts.items()}
     num_rows = next(iter(counts.values()))
     if num_rows == 0 or set(counts.values()) != {num_rows}:

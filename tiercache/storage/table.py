@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.errors import FormatError, StorageError
-from tiercache.records import Record
+from tiercache.records import Field, Record
 
 _PIECE = 64 << 20
 
@@ -115,6 +115,14 @@ def require_unchanged(descriptor: int, file: TableFile) -> None:
     """StorageError (ESTALE) unless the open descriptor is the file that was identified, of the same size and time."""
     if _identify(file.path, os.fstat(descriptor)) != file:
         raise StorageError(errno.ESTALE, "the file changed since the table was opened", str(file.path))
+
+
+def make_record(path: Path, fields: tuple[Field, ...], scale: float | None) -> Record:
+    """Record of the fields found at a path, which its FormatError names."""
+    try:
+        return Record(fields, scale)
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from None
 
 
 def _identify(path: Path, status: os.stat_result) -> TableFile:
