@@ -27,7 +27,7 @@ def _fingerprint() -> str:
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         source = path.read_bytes()
-        if b"@jit" in source or b"@overload" in source:
+        if any(mark in source for mark in (b"@jit", b"@lean", b"@overload")):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + source)
     return digest.hexdigest()
 
@@ -40,10 +40,22 @@ def jit(function: _Function) -> _Function:
 
     Numba itself looks at the file of the function alone, and would go on using a cached caller of a changed callee.
     """
-    dispatcher: Any = njit(nogil=True, cache=True)(function)
+    return _stamped(njit(nogil=True, cache=True)(function))
+
+
+def lean(function: _Function) -> _Function:
+    """`jit` for a function that makes no array, and whose callees make none: compiled without reference counts.
+
+    Otherwise each call counts each array of its arguments up and down, atomically: several times the work of a policy. It
+    pays only if the callers in the inner loop are lean too.
+    """
+    return _stamped(njit(nogil=True, cache=True, _nrt=False)(function))
+
+
+def _stamped(dispatcher: Any) -> Any:
     if not config.DISABLE_JIT:
         dispatcher._cache._cache_file._source_stamp = _STAMP
-    return dispatcher  # type: ignore[no-any-return]
+    return dispatcher
 
 
 _i64 = types.int64

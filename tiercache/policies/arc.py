@@ -2,13 +2,14 @@
 
 A new key enters the first list, a hit moves its slot to the newest end of the second. What leaves either list is remembered,
 as a key only, in that list's ghost. A miss that is found in the first ghost says that the first list is too short, one in
-the second ghost that it is too long: the target moves, by more where the other ghost is the longer one, and the key enters
-the second list. The first list and its ghost never exceed the capacity, all four lists never twice the capacity.
+the second ghost that it is too long: the target moves, by the other ghost's length over this one's but at least 1, and the key
+enters the second list. The first list and its ghost never exceed the capacity, all four lists never twice the capacity.
 
 A pinned slot that comes up for eviction goes to the newest end of its list; a list that has nothing to give leaves the
 choice to the other one.
 
-Megiddo and Modha, "ARC: A Self-Tuning, Low Overhead Replacement Cache", FAST 2003. Exactly libCacheSim's ARC.
+Megiddo and Modha, "ARC: A Self-Tuning, Low Overhead Replacement Cache", FAST 2003. libCacheSim keeps the target as a
+float, this one in units of 2**-32 slots, so the two may part where the sum of many fractions lands on a whole number.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import jit
+from tiercache.native import lean
 from tiercache.policies import keyset
 from tiercache.policies.base import EMPTY, MAX_PINNED_VICTIMS, Policy, bind
 from tiercache.policies.keyset import ABSENT, KeySet
@@ -34,7 +35,7 @@ class State(NamedTuple):
     ghosts      KeySet                  keys remembered, at most `capacity`
     ghost_links int32[capacity + 2, 2]  rings of ghosts
     ghost_list  uint8[capacity]         list that each ghost left
-    book        int64[6]                size of either list, of either ghost; slots handed out; target size of list 0
+    book        int64[6]                size of either list, of either ghost; slots handed out; target size of list 0, << 32
     """
 
     links: npt.NDArray[np.int32]
@@ -57,7 +58,7 @@ def init(capacity: int) -> State:
     )
 
 
-@jit
+@lean
 def on_hit(state: State, keys: Any, slot: int) -> None:
     """Make the slot the newest of the second list."""
     if state.list_of[slot] == _OFTEN:
@@ -68,7 +69,7 @@ def on_hit(state: State, keys: Any, slot: int) -> None:
     _enter(state, keys.size, _OFTEN, slot)
 
 
-@jit
+@lean
 def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """The slot that REPLACE of the paper gives up."""
     capacity = keys.size
@@ -90,7 +91,7 @@ def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     return slot
 
 
-@jit
+@lean
 def _replace_for_new(state: State, keys: Any, pins: Any) -> int:
     """Make room for a key that no ghost remembers, within the bounds of the lists."""
     book, capacity = state.book, keys.size
@@ -112,20 +113,26 @@ def _replace_for_new(state: State, keys: Any, pins: Any) -> int:
     return slot
 
 
-@jit
+@lean
 def _adapt(state: State, capacity: int, left: int) -> None:
     """Move the target towards the list whose ghost was hit."""
     once, often = state.book[_NUM_GHOSTS + _ONCE], state.book[_NUM_GHOSTS + _OFTEN]
     if left == _ONCE:
-        state.book[_TARGET] = min(state.book[_TARGET] + max(often // once, 1), capacity)
+        state.book[_TARGET] = min(state.book[_TARGET] + _step(often, once), capacity << 32)
     else:
-        state.book[_TARGET] = max(state.book[_TARGET] - max(once // often, 1), 0)
+        state.book[_TARGET] = max(state.book[_TARGET] - _step(once, often), 0)
 
 
-@jit
+@lean
+def _step(other: int, hit: int) -> int:
+    """Ratio of two sizes, at least 1, rounded to a multiple of 2**-32, << 32."""
+    return max(((other << 32) + (hit >> 1)) // hit, 1 << 32)
+
+
+@lean
 def _victim(state: State, capacity: int, pins: Any, often_wanted: bool) -> int:
     """The oldest unpinned slot of the list that is over its target, else of the other; or BYPASS."""
-    size, target = state.book[_SIZE + _ONCE], state.book[_TARGET]
+    size, target = state.book[_SIZE + _ONCE] << 32, state.book[_TARGET]
     first = _ONCE if size > 0 and (size > target or (size == target and often_wanted)) else _OFTEN
     slot, patience = oldest_unpinned(state.links, capacity + first, pins, MAX_PINNED_VICTIMS)
     if slot < 0:
@@ -133,7 +140,7 @@ def _victim(state: State, capacity: int, pins: Any, often_wanted: bool) -> int:
     return slot
 
 
-@jit
+@lean
 def _enter(state: State, capacity: int, which: int, slot: int) -> None:
     """Make a slot that is in no list the newest of one."""
     push(state.links, capacity + which, slot)
@@ -141,7 +148,7 @@ def _enter(state: State, capacity: int, which: int, slot: int) -> None:
     state.book[_SIZE + which] += 1
 
 
-@jit
+@lean
 def _leave(state: State, keys: Any, slot: int, remember: bool) -> None:
     """Take a slot out of its list, and make its key a ghost."""
     which = np.int64(state.list_of[slot])
@@ -154,7 +161,7 @@ def _leave(state: State, keys: Any, slot: int, remember: bool) -> None:
         state.book[_NUM_GHOSTS + which] += 1
 
 
-@jit
+@lean
 def _forget(state: State, ghost: int) -> None:
     """Drop a ghost."""
     unlink(state.ghost_links, ghost)
@@ -179,7 +186,7 @@ def check(state: State, keys: npt.NDArray[np.int64]) -> None:
     assert (keys[book[_USED] :] == EMPTY).all(), "a slot holds a key before it was handed out"
     assert book[_SIZE + _ONCE] + book[_NUM_GHOSTS + _ONCE] <= capacity, "the first list and its ghost are too long"
     assert len(ghosts) <= capacity, "the ghosts are too many"
-    assert 0 <= book[_TARGET] <= capacity, "the target is out of range"
+    assert 0 <= book[_TARGET] <= capacity << 32, "the target is out of range"
     keyset.check(state.ghosts, ghosts)
     assert not np.isin(state.ghosts.keys[ghosts], keys).any(), "a ghost is resident"
 

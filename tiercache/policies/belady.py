@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import jit
+from tiercache.native import lean
 from tiercache.policies import keyset
 from tiercache.policies.base import BYPASS, EMPTY, MAX_PINNED_VICTIMS, Policy, bind
 from tiercache.policies.keyset import ABSENT, KeySet
@@ -33,6 +33,7 @@ class State(NamedTuple):
     place  int32[capacity]  where each slot is in the heap
     due    int64[capacity]  batch of each slot's next use
     entry  int32[capacity]  row of each slot, as its number in `rows`
+    aside  int32[64]        scratch: pinned slots set aside during a search
     book   int64[2]         slots in the heap; number of batches, which stands for never
     """
 
@@ -44,6 +45,7 @@ class State(NamedTuple):
     place: npt.NDArray[np.int32]
     due: npt.NDArray[np.int64]
     entry: npt.NDArray[np.int32]
+    aside: npt.NDArray[np.int32]
     book: npt.NDArray[np.int64]
 
 
@@ -75,25 +77,26 @@ def init(capacity: int, *, future: tuple[npt.ArrayLike, npt.ArrayLike]) -> State
         np.zeros(capacity, np.int32),
         np.zeros(capacity, np.int64),
         np.zeros(capacity, np.int32),
+        np.zeros(MAX_PINNED_VICTIMS, np.int32),
         np.array([0, num_batches], np.int64),
     )
 
 
-@jit
+@lean
 def _add_all(entries: KeySet, rows: Any) -> None:
     """Add distinct rows; entry i is rows[i]."""
     for i in range(rows.size):
         keyset.add(entries, rows[i])
 
 
-@jit
+@lean
 def on_hit(state: State, keys: Any, slot: int) -> None:
     """Put the slot where its next use belongs, which is nearer to the top."""
     state.due[slot] = _next_use(state, np.int64(state.entry[slot]))
     _rise(state, np.int64(state.place[slot]))
 
 
-@jit
+@lean
 def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """The unpinned slot that is used again farthest away."""
     entry = keyset.find(state.rows, key)
@@ -109,7 +112,7 @@ def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     return slot
 
 
-@jit
+@lean
 def _next_use(state: State, entry: int) -> int:
     """Go past the use that is reported now; batch of the one after it."""
     if entry == ABSENT:
@@ -121,27 +124,26 @@ def _next_use(state: State, entry: int) -> int:
     return state.book[_NEVER]
 
 
-@jit
+@lean
 def _pop_unpinned(state: State, pins: Any) -> int:
     """Take the topmost unpinned slot out of the heap, or BYPASS."""
     slot = _pop(state)
     if pins[slot] <= 0:
         return slot
-    aside = np.empty(MAX_PINNED_VICTIMS, np.int64)
     num_aside = 0
-    while slot >= 0 and pins[slot] > 0 and num_aside < aside.size:
-        aside[num_aside] = slot
+    while slot >= 0 and pins[slot] > 0 and num_aside < state.aside.size:
+        state.aside[num_aside] = slot
         num_aside += 1
         slot = _pop(state) if state.book[_SIZE] > 0 else np.int64(BYPASS)
     if slot >= 0 and pins[slot] > 0:
         _insert(state, slot)
         slot = np.int64(BYPASS)
     for i in range(num_aside):
-        _insert(state, aside[i])
+        _insert(state, np.int64(state.aside[i]))
     return slot
 
 
-@jit
+@lean
 def _insert(state: State, slot: int) -> None:
     """Add a slot to the heap."""
     at = state.book[_SIZE]
@@ -151,7 +153,7 @@ def _insert(state: State, slot: int) -> None:
     _rise(state, at)
 
 
-@jit
+@lean
 def _pop(state: State) -> int:
     """Take the top out of the heap."""
     top = np.int64(state.heap[0])
@@ -164,7 +166,7 @@ def _pop(state: State) -> int:
     return top
 
 
-@jit
+@lean
 def _rise(state: State, at: int) -> None:
     """Let the slot at a place of the heap go up until its parent is due later."""
     slot = state.heap[at]
@@ -181,7 +183,7 @@ def _rise(state: State, at: int) -> None:
     state.place[slot] = at
 
 
-@jit
+@lean
 def _sink(state: State, size: int) -> None:
     """Let the slot at the top go down until its children are due earlier."""
     slot = state.heap[0]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import jit
+from tiercache.native import lean
 from tiercache.policies.base import BYPASS, MAX_PINNED_VICTIMS, Policy, bind
 
 
@@ -26,12 +26,12 @@ def init(capacity: int) -> State:
     return State(np.zeros(1, np.int64))
 
 
-@jit
+@lean
 def on_hit(state: State, keys: Any, slot: int) -> None:
     """A hit does not change the order."""
 
 
-@jit
+@lean
 def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """The oldest slot without a pin."""
     slot = state.hand[0]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import jit
+from tiercache.native import lean
 
 ABSENT = -1
 """Answer of `find` for a key that is not in the set, and the end of a chain."""
@@ -37,7 +37,7 @@ def new_keyset(capacity: int) -> KeySet:
     )
 
 
-@jit
+@lean
 def mix(key: int) -> int:
     """32 well mixed bits of a key that is not negative. Every product stays below 2**63."""
     x = (key ^ (key >> 32)) & _LOW
@@ -46,7 +46,7 @@ def mix(key: int) -> int:
     return x ^ (x >> 16)
 
 
-@jit
+@lean
 def find(entries: KeySet, key: int) -> int:
     """Entry number of a key, or ABSENT."""
     bucket = (mix(key) * entries.heads.size) >> 32
@@ -56,7 +56,7 @@ def find(entries: KeySet, key: int) -> int:
     return entry
 
 
-@jit
+@lean
 def add(entries: KeySet, key: int) -> int:
     """Add a key that is absent, where there is room; its entry number."""
     entry = entries.book[_FREE]
@@ -72,7 +72,7 @@ def add(entries: KeySet, key: int) -> int:
     return entry
 
 
-@jit
+@lean
 def remove(entries: KeySet, entry: int) -> None:
     """Remove a key by its entry number."""
     bucket = (mix(entries.keys[entry]) * entries.heads.size) >> 32

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import jit
+from tiercache.native import lean
 from tiercache.policies.base import BYPASS, EMPTY, MAX_PINNED_VICTIMS, Policy, bind
 from tiercache.policies.links import NEWER, members, new_rings, oldest_unpinned, push, unlink
 
@@ -58,7 +58,7 @@ def init(capacity: int) -> State:
     )
 
 
-@jit
+@lean
 def on_hit(state: State, keys: Any, slot: int) -> None:
     """Move the slot to the ring of the next count."""
     anchors = keys.size
@@ -76,7 +76,7 @@ def on_hit(state: State, keys: Any, slot: int) -> None:
     _close_if_empty(state, anchors, old)
 
 
-@jit
+@lean
 def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """The slot with the lowest count that has no pin."""
     slot = state.book[_USED]
@@ -93,7 +93,7 @@ def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     return slot
 
 
-@jit
+@lean
 def _victim(state: State, anchors: int, pins: Any) -> int:
     """The oldest unpinned member of the first ring that has one, or BYPASS."""
     ring, patience = np.int64(_ONCE), np.int64(MAX_PINNED_VICTIMS)
@@ -107,7 +107,7 @@ def _victim(state: State, anchors: int, pins: Any) -> int:
     return np.int64(BYPASS)
 
 
-@jit
+@lean
 def _open(state: State, after: int, count: int) -> int:
     """A ring for `count` behind the ring `after`; `after` itself where none is free."""
     ring = state.book[_FREE]
@@ -123,7 +123,7 @@ def _open(state: State, after: int, count: int) -> int:
     return ring
 
 
-@jit
+@lean
 def _close_if_empty(state: State, anchors: int, ring: int) -> None:
     """Free a ring without members, unless it is that of count 1."""
     if ring != _ONCE and state.links[anchors + ring, NEWER] == anchors + ring:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import jit
+from tiercache.native import lean
 from tiercache.policies.base import BYPASS
 
 OLDER, NEWER = 0, 1
@@ -23,7 +23,7 @@ def new_rings(num_slots: int, num_rings: int) -> npt.NDArray[np.int32]:
     return links
 
 
-@jit
+@lean
 def push(links: Any, anchor: int, slot: int) -> None:
     """Put a slot that is in no ring at the newest end of a ring."""
     newest = links[anchor, OLDER]
@@ -33,7 +33,7 @@ def push(links: Any, anchor: int, slot: int) -> None:
     links[anchor, OLDER] = slot
 
 
-@jit
+@lean
 def unlink(links: Any, slot: int) -> None:
     """Take a slot out of its ring."""
     older, newer = links[slot, OLDER], links[slot, NEWER]
@@ -41,7 +41,7 @@ def unlink(links: Any, slot: int) -> None:
     links[newer, OLDER] = older
 
 
-@jit
+@lean
 def renew(links: Any, anchor: int, slot: int) -> None:
     """Move a member of a ring to its newest end."""
     if links[slot, NEWER] != anchor:
@@ -49,7 +49,7 @@ def renew(links: Any, anchor: int, slot: int) -> None:
         push(links, anchor, slot)
 
 
-@jit
+@lean
 def oldest_unpinned(links: Any, anchor: int, pins: Any, patience: int) -> tuple[int, int]:
     """The oldest member without a pin, still in the ring, or BYPASS; and the patience left.
 

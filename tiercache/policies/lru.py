@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import jit
+from tiercache.native import lean
 from tiercache.policies.base import EMPTY, MAX_PINNED_VICTIMS, Policy, bind
 from tiercache.policies.links import members, new_rings, oldest_unpinned, push, renew
 
@@ -28,13 +28,13 @@ def init(capacity: int) -> State:
     return State(new_rings(capacity, 1), np.zeros(1, np.int64))
 
 
-@jit
+@lean
 def on_hit(state: State, keys: Any, slot: int) -> None:
     """Make the slot the newest."""
     renew(state.links, keys.size, slot)
 
 
-@jit
+@lean
 def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """The slot used longest ago that has no pin."""
     slot = state.used[0]

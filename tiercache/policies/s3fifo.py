@@ -12,7 +12,7 @@ A pinned slot that comes up for eviction goes to the back of its queue. A key th
 is pinned is remembered in the ghost, as though it had passed through the small queue.
 
 Yang et al., "FIFO Queues are All You Need for Cache Eviction", SOSP 2023. With `small=0.10, ghost=0.90, threshold=2`
-exactly libCacheSim's S3FIFO from 10 slots on (below, its small queue has no slot; here it has at least one).
+exactly libCacheSim's S3FIFO from 20 slots on (below, its small queue is of one slot or none and admits nothing).
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import jit
+from tiercache.native import lean
 from tiercache.policies import keyset
 from tiercache.policies.base import BYPASS, EMPTY, MAX_PINNED_VICTIMS, Policy, bind
 from tiercache.policies.keyset import ABSENT, KeySet
@@ -75,7 +75,7 @@ def init(capacity: int, *, small: float = 0.25, ghost: float = 2.0, threshold: i
     )
 
 
-@jit
+@lean
 def on_hit(state: State, keys: Any, slot: int) -> None:
     """Count the hit."""
     uses = state.uses[slot]
@@ -83,7 +83,7 @@ def on_hit(state: State, keys: Any, slot: int) -> None:
         state.uses[slot] = uses + 1
 
 
-@jit
+@lean
 def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """A slot from the end of one of the queues."""
     book = state.book
@@ -106,7 +106,7 @@ def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     return slot
 
 
-@jit
+@lean
 def _evict(state: State, capacity: int, pins: Any) -> tuple[int, int]:
     """Take a victim out of its queue: the slot and the queue, or BYPASS where too many are pinned."""
     book = state.book
@@ -136,7 +136,7 @@ def _evict(state: State, capacity: int, pins: Any) -> tuple[int, int]:
             return np.int64(BYPASS), _MAIN
 
 
-@jit
+@lean
 def _pop(state: State, capacity: int, queue: int) -> int:
     """Take the oldest slot out of a queue that has one."""
     anchor = capacity + queue
@@ -149,7 +149,7 @@ def _pop(state: State, capacity: int, queue: int) -> int:
     return slot
 
 
-@jit
+@lean
 def _rotate(state: State, capacity: int, queue: int, slot: int) -> None:
     """Put a slot at the newest end of a queue."""
     state.newer[state.book[_NEWEST + queue]] = slot
@@ -158,14 +158,14 @@ def _rotate(state: State, capacity: int, queue: int, slot: int) -> None:
     state.book[_SIZE + queue] += 1
 
 
-@jit
+@lean
 def _push(state: State, capacity: int, queue: int, slot: int) -> None:
     """Put a slot at the newest end of a queue, without hits."""
     state.uses[slot] = 0
     _rotate(state, capacity, queue, slot)
 
 
-@jit
+@lean
 def _remember(state: State, key: int) -> None:
     """Make a key the newest ghost; the oldest leaves where there is no room."""
     if state.book[_MOST_GHOSTS] == 0:
@@ -177,7 +177,7 @@ def _remember(state: State, key: int) -> None:
     state.book[_NUM_GHOSTS] += 1
 
 
-@jit
+@lean
 def _forget(state: State, ghost: int) -> None:
     """Drop a ghost."""
     unlink(state.ghost_links, ghost)

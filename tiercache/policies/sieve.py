@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import jit
+from tiercache.native import lean
 from tiercache.policies.base import BYPASS, EMPTY, MAX_PINNED_VICTIMS, Policy, bind
 
 _USED, _NEWEST, _BEHIND = 0, 1, 2
@@ -43,13 +43,13 @@ def init(capacity: int) -> State:
     return State(newer, np.zeros(capacity, np.uint8), np.array([0, capacity, capacity], np.int64))
 
 
-@jit
+@lean
 def on_hit(state: State, keys: Any, slot: int) -> None:
     """Mark the slot."""
     state.visited[slot] = 1
 
 
-@jit
+@lean
 def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """The first slot from the hand on that has neither mark nor pin."""
     slot = state.book[_USED]
@@ -67,7 +67,7 @@ def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     return slot
 
 
-@jit
+@lean
 def _evict(state: State, anchor: int, pins: Any) -> int:
     """Walk to the victim and take it out of the queue; BYPASS where too many are pinned."""
     behind = state.book[_BEHIND]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import jit
+from tiercache.native import lean
 from tiercache.policies import keyset
 from tiercache.policies.base import BYPASS, EMPTY, Policy, bind
 from tiercache.policies.keyset import ABSENT, KeySet
@@ -41,19 +41,19 @@ def init(capacity: int, *, hot_rows: npt.ArrayLike) -> State:
     return State(hot, np.full(rows.size, -1, np.int32), np.zeros(1, np.int64))
 
 
-@jit
+@lean
 def _add_all(hot: KeySet, rows: Any) -> None:
     """Add distinct rows."""
     for i in range(rows.size):
         keyset.add(hot, rows[i])
 
 
-@jit
+@lean
 def on_hit(state: State, keys: Any, slot: int) -> None:
     """A hit changes nothing."""
 
 
-@jit
+@lean
 def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """The slot of a hot row."""
     entry = keyset.find(state.hot, key)

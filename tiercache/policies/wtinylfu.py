@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import jit
+from tiercache.native import lean
 from tiercache.policies.base import BYPASS, EMPTY, MAX_PINNED_VICTIMS, Policy, bind
 from tiercache.policies.keyset import mix
 from tiercache.policies.links import NEWER, members, new_rings, oldest_unpinned, push, renew, unlink
@@ -77,7 +77,7 @@ def _aligned_lines(lines: int) -> npt.NDArray[np.uint8]:
     return raw[skip : skip + lines * _LINE_BYTES].reshape(lines, _LINE_BYTES)
 
 
-@jit
+@lean
 def on_hit(state: State, keys: Any, slot: int) -> None:
     """Count the key, and move its slot up."""
     if keys[slot] != EMPTY:
@@ -94,7 +94,7 @@ def on_hit(state: State, keys: Any, slot: int) -> None:
         renew(state.links, keys.size + np.int64(which), slot)
 
 
-@jit
+@lean
 def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """The slot of the less frequent of the window's oldest and the main part's next."""
     capacity = keys.size
@@ -122,7 +122,7 @@ def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     return victim
 
 
-@jit
+@lean
 def _contest(state: State, keys: Any, victim: int, key: int) -> int:
     """The victim's slot for a key that the window has no room for, or BYPASS if it has been seen less often."""
     if victim >= 0 and estimate(state, key) > estimate(state, keys[victim]):
@@ -132,14 +132,14 @@ def _contest(state: State, keys: Any, victim: int, key: int) -> int:
     return np.int64(BYPASS)
 
 
-@jit
+@lean
 def _admit(state: State, capacity: int, slot: int) -> None:
     """Move a slot from the window to the main part."""
     _leave(state, slot)
     _enter(state, capacity, _PROBATION, slot)
 
 
-@jit
+@lean
 def _enter(state: State, capacity: int, which: int, slot: int) -> None:
     """Make a slot that is in no list the newest of one."""
     push(state.links, capacity + which, slot)
@@ -148,7 +148,7 @@ def _enter(state: State, capacity: int, which: int, slot: int) -> None:
     state.book[_PROTECTED_SIZE] += which == _PROTECTED
 
 
-@jit
+@lean
 def _leave(state: State, slot: int) -> None:
     """Take a slot out of its list."""
     unlink(state.links, slot)
@@ -156,7 +156,7 @@ def _leave(state: State, slot: int) -> None:
     state.book[_PROTECTED_SIZE] -= state.list_of[slot] == _PROTECTED
 
 
-@jit
+@lean
 def count(state: State, key: int) -> None:
     """Add one to the counters of a key, up to 15, and let the sketch age."""
     bits = mix(key)
@@ -174,7 +174,7 @@ def count(state: State, key: int) -> None:
         _age(state)
 
 
-@jit
+@lean
 def estimate(state: State, key: int) -> int:
     """How often a key was counted lately, at most 15; 0 for EMPTY."""
     if key < 0:
@@ -190,7 +190,7 @@ def estimate(state: State, key: int) -> int:
     return fewest
 
 
-@jit
+@lean
 def _age(state: State) -> None:
     """Halve the line under the hand."""
     hand = state.book[_HAND]
