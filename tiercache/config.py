@@ -122,12 +122,8 @@ class StoreConfig(_Section):
             raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "table": TableConfig,
-    "tables": TableConfig,
-    "host": HostConfig,
-    "storage": StorageConfig,
-}
+_SECTIONS: dict[str, Any] = {"table": TableConfig, "tables": TableConfig, "host": HostConfig, "storage": StorageConfig}
+_HINTS = {"device": "this release has no device tier; ", "mode": "this release only reads; "}
 
 
 def _read_toml(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -150,8 +146,4 @@ def _explain(problem: Any) -> str:
         message = (
             f"unknown; allowed are {', '.join(field.alias or name for name, field in section.model_fields.items())}"
         )
-        if where == "device":
-            message = f"this release has no device tier; {message}"
-    if where == "mode":
-        message = f"this release only reads; {message}"
-    return f"{where} = {problem['input']!r}: {message}"
+    return f"{where} = {problem['input']!r}: {_HINTS.get(where, '')}{message}"

@@ -1,0 +1,137 @@
+"""The configuration: defaults, TOML, and refusals that name field, value and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from tiercache.config import HostConfig, StoreConfig, parse_bytes
+from tiercache.errors import ConfigError
+
+TABLE = {"path": "t.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        (1, 1),
+        ("4096", 4096),
+        ("64MiB", 64 << 20),
+        ("1GiB", 1 << 30),
+        ("1.5GiB", 3 << 29),
+        ("8GB", 8 * 10**9),
+        ("3KB", 3000),
+        (" 2 TiB ", 2 << 40),
+        ("7B", 7),
+    ],
+)
+def test_capacities_are_bytes(text, num_bytes):
+    assert parse_bytes(text) == num_bytes
+    assert StoreConfig.load({"host": {"capacity": text}}).host.capacity == num_bytes
+
+
+NO_CAPACITIES = [0, -1, "0", "-5MiB", "", "MiB", "1 mile", "64Mb", "1e9", "0.5B", 1.5, True, None, 1 << 63]
+
+
+@pytest.mark.parametrize("text", NO_CAPACITIES, ids=repr)
+def test_what_is_no_capacity_is_refused(text):
+    with pytest.raises(ConfigError, match=r"host\.capacity = .*allowed are .*64MiB") as caught:
+        StoreConfig.load({"host": {"capacity": text}})
+    assert repr(text) in str(caught.value)
+
+
+def test_only_path_has_no_default():
+    config = StoreConfig.load({"table": [TABLE]})
+    (table,) = config.tables
+    assert (table.name, table.path, table.fields, table.resident) == ("table", Path("t.safetensors"), (), ())
+    assert (config.dtype, config.mode) == ("auto", "r")
+    assert (config.host.capacity, config.host.policy, config.host.policy_options) == (1 << 30, HostConfig().policy, {})
+    storage = config.storage
+    assert (storage.engine, storage.queue_depth, storage.direct, storage.verify) == ("auto", 128, True, "off")
+
+
+def test_toml_is_read_and_tables_lie_beside_it(tmp_path):
+    path = tmp_path / "store.toml"
+    path.write_text(
+        """
+        dtype = "bfloat16"
+        [[table]]
+        name = "layers.1"
+        path = "sub/model.safetensors.index.json"
+        fields = ["w.{shard}", "s"]
+        resident = ["s"]
+        [[table]]
+        name = "layers.14"
+        path = "/data/t"
+        [host]
+        capacity = "64GiB"
+        policy = "wtinylfu"
+        policy_options = { window = 0.02, aging = 10 }
+        [storage]
+        engine = "threads"
+        queue_depth = 64
+        direct = false
+        verify = "page"
+        """
+    )
+    config = StoreConfig.load(path)
+    assert config == StoreConfig.load(str(path)) == StoreConfig.load(config)
+    first, second = config.tables
+    assert first.path == tmp_path / "sub/model.safetensors.index.json"
+    assert second.path == Path("/data/t")
+    assert (first.fields, first.resident) == (("w.{shard}", "s"), ("s",))
+    assert config.host.policy_options == {"window": 0.02, "aging": 10}
+    assert isinstance(config.host.policy_options["aging"], int)
+    assert config.storage.verify == "page"
+
+
+def test_a_mapping_may_say_tables():
+    assert StoreConfig.load({"tables": [TABLE]}) == StoreConfig.load({"table": [TABLE]})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"tabel": []}, r"tabel = \[\]: unknown; allowed are dtype, mode, table, host, storage"),
+        ({"table": [TABLE | {"size": 3}]}, r"table\.0\.size = 3: unknown; allowed are name, path, fields, resident"),
+        ({"host": {"capcity": 1}}, r"host\.capcity = 1: unknown; allowed are capacity, policy, policy_options"),
+        ({"storage": {"x": 1}}, r"storage\.x = 1: unknown; allowed are engine, queue_depth, direct, verify"),
+        ({"table": [{"name": "a"}]}, r"table\.0\.path: is required"),
+        ({"table": [TABLE, TABLE]}, r"table = .*more than once: table"),
+        ({"table": [TABLE | {"name": ""}]}, r"table\.0\.name = ''"),
+        ({"table": [TABLE | {"fields": "w"}]}, r"table\.0\.fields = 'w'"),
+        ({"host": {"policy": "random"}}, r"host\.policy = 'random': .*'fifo', 'lru'.*'static'"),
+        ({"host": {"policy": "belady"}}, r"host\.policy = 'belady'"),
+        ({"host": {"policy_options": {"window": "x"}}}, r"host\.policy_options\.window = 'x': allowed is a number"),
+        ({"storage": {"engine": "gds"}}, r"storage\.engine = 'gds': .*'auto', 'uring' or 'threads'"),
+        ({"storage": {"queue_depth": 0}}, r"storage\.queue_depth = 0: .*greater than or equal to 1"),
+        ({"storage": {"direct": "yes"}}, r"storage\.direct = 'yes'"),
+        ({"storage": {"verify": "row"}}, r"storage\.verify = 'row': .*'off' or 'page'"),
+        ({"dtype": "int8"}, r"dtype = 'int8': .*'bfloat16'"),
+        ({"mode": "r+"}, r"mode = 'r\+': this release only reads"),
+        ({"device": {"capacity": "8GiB"}}, r"device = .*: this release has no device tier"),
+    ],
+)
+def test_refusals_name_field_value_and_what_is_allowed(config, message):
+    with pytest.raises(ConfigError, match=message):
+        StoreConfig.load(config)
+
+
+def test_every_refusal_is_named_at_once():
+    with pytest.raises(ConfigError, match=r"dtype = .*host\.policy = "):
+        StoreConfig.load({"dtype": "x", "host": {"policy": "y"}})
+
+
+def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot read the config: No such file"):
+        StoreConfig.load(tmp_path / "none.toml")
+    for content in (b"dtype = ", b"\xff\xfe"):
+        (tmp_path / "bad.toml").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"bad\.toml: not TOML"):
+            StoreConfig.load(tmp_path / "bad.toml")
+
+
+def test_a_config_cannot_be_changed():
+    config = StoreConfig.load({})
+    with pytest.raises(ValidationError, match="frozen"):
+        config.dtype = "float32"
