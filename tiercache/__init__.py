@@ -1,0 +1,32 @@
+"""tiercache: a huge table of fixed-size rows, held in tiers, behind one `fetch`."""
+
+from tiercache.config import HostConfig, StorageConfig, StoreConfig, TableConfig
+from tiercache.errors import ClosedError, ConfigError, FormatError, StorageError, TierCacheError
+from tiercache.flight import Ticket
+from tiercache.records import Field, Record
+from tiercache.source import Source
+from tiercache.stats import LevelStats, StorageStats, StoreStats
+from tiercache.store import Store
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClosedError",
+    "ConfigError",
+    "Field",
+    "FormatError",
+    "HostConfig",
+    "LevelStats",
+    "Record",
+    "Source",
+    "StorageConfig",
+    "StorageError",
+    "StorageStats",
+    "Store",
+    "StoreConfig",
+    "StoreStats",
+    "TableConfig",
+    "TierCacheError",
+    "Ticket",
+    "__version__",
+]

@@ -38,15 +38,17 @@ class Plan(NamedTuple):
     where   int32[n]  place of each position
     misses  int64[m]  distinct rows to read, in first-seen order
     fill    int32[m]  place each is read to
-    held    int32[h]  distinct slots pinned by this plan
+    held    int32[h]  distinct slots pinned by this plan: those of its hits, then those it fills
+    hits    number of distinct rows that were resident
     staged  number of rows of the staging area
-    pending number of hits whose bytes another plan's read has yet to bring
+    pending number of hits whose bytes another plan's reads have yet to bring
     """
 
     where: npt.NDArray[np.int32]
     misses: npt.NDArray[np.int64]
     fill: npt.NDArray[np.int32]
     held: npt.NDArray[np.int32]
+    hits: int
     staged: int
     pending: int
 
@@ -75,14 +77,19 @@ class Level:
             self.slots, self.table, self.seen, self.counters, self.state, rows, where, held
         )
         if not missing:
-            return Plan(where, _NO_ROWS, _NO_PLACES, held[:hits], 0, pending)
+            return Plan(where, _NO_ROWS, _NO_PLACES, held[:hits], hits, 0, pending)
         misses, fill = np.empty(missing, np.int64), np.empty(missing, np.int32)
         if self.seen.size < 2 * missing:
             self.seen = np.zeros(1 << (2 * missing).bit_length(), np.int64)
         num_held, num_misses, staged = admit(
             self.slots, self.table, self.seen, self.counters, self.state, rows, where, misses, fill, held, hits, num_reads
         )
-        return Plan(where, misses[:num_misses], fill[:num_misses], held[:num_held], staged, pending)
+        return Plan(where, misses[:num_misses], fill[:num_misses], held[:num_held], hits, staged, pending)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the books."""
+        return _nbytes((self.slots, self.table, self.seen, self.state))
 
     def unpin(self, held: npt.NDArray[np.int32]) -> None:
         """Let go of the slots of a plan."""
@@ -101,6 +108,11 @@ class Level:
         assert np.unique(keys[keys >= 0]).size == np.count_nonzero(keys >= 0), "a row is in two slots"
         index.check(self.table, keys)
         self.policy.check(self.state, keys)
+
+
+def _nbytes(part: Any) -> int:
+    """Bytes of an array, or of the arrays of a tuple."""
+    return sum(_nbytes(inner) for inner in part) if isinstance(part, tuple) else int(part.nbytes)
 
 
 _NO_ROWS = np.empty(0, np.int64)
@@ -262,3 +274,15 @@ def replay(slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: A
                 slots, table, seen, counters, state, batch, where, misses, fill, held, num_held, 0
             )
         unpin(slots, counters, held[:num_held])
+
+
+@jit
+def pending_of(slots: Any, held: Any, out: Any) -> int:
+    """Collect the held slots whose bytes another plan's reads have yet to bring; how many. Under the store's lock."""
+    pending = slots["pending"]
+    count = 0
+    for i in range(held.size):
+        if pending[held[i]] != 0 and count < out.size:
+            out[count] = held[i]
+            count += 1
+    return count

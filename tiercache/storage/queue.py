@@ -357,3 +357,11 @@ def stop(queue: Any) -> None:
     queue.control[STOP] = 1
     broadcast(_work(queue))
     unlock(_mutex(queue))
+
+
+def files_of(reads: npt.NDArray[np.int64]) -> list[int]:
+    """Numbers of the files that these reads touch."""
+    if len(reads) == 0:
+        return []
+    first, last = int(reads[0, AT]) >> 44, int(reads[-1, AT]) >> 44
+    return [first] if first == last else np.unique(reads[:, AT] >> 44).tolist()

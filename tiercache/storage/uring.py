@@ -45,6 +45,7 @@ from tiercache.storage.queue import (
     complete,
     fail_all,
     finish,
+    stop,
     take,
 )
 
@@ -147,6 +148,7 @@ class UringEngine:
         os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
+        stop(self.queue)
         self.wake()
         if self._thread.ident is not None:
             self._thread.join()

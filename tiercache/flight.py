@@ -1,0 +1,91 @@
+"""Flight: a fetch that has been planned and begun. Ticket: a flight in a caller's hands."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+    from tiercache.level import Plan
+    from tiercache.request import Table
+    from tiercache.store import Store
+    from tiercache.storage.reader import Job
+
+
+class Flight:
+    """What one fetch holds until it has landed: pinned slots, a staging area, reads on their way.
+
+    `borrowed` are slots (int32[b]) that other flights' reads are to fill, with the rows (int64[b]) wanted from them.
+    """
+
+    __slots__ = ("borrowed", "borrowed_rows", "job", "plan", "released", "shape", "staging", "table")
+
+    def __init__(self, table: "Table", shape: tuple[int, ...], plan: "Plan") -> None:
+        self.table = table
+        self.shape = shape
+        self.plan = plan
+        self.staging: npt.NDArray[np.uint8] = _NOTHING
+        self.job: Job | None = None
+        self.borrowed: npt.NDArray[np.int32] = _NO_SLOTS
+        self.borrowed_rows: npt.NDArray[np.int64] = _NO_ROWS
+        self.released = False
+
+    @property
+    def done(self) -> bool:
+        """Whether its own reads have all landed or failed."""
+        return self.job is None or self.job.done
+
+
+_NOTHING = np.empty((0, 8), np.uint8)
+_NO_SLOTS = np.empty(0, np.int32)
+_NO_ROWS = np.empty(0, np.int64)
+
+
+class Ticket:
+    """Rows on their way, from `Store.prefetch`. `take` once; a ticket that is dropped lets its rows arrive all the same.
+
+    Until it is taken, cancelled or dropped, its rows stay in the tier.
+    """
+
+    def __init__(self, store: "Store", flight: Flight, abandon: Callable[[Flight], Any]) -> None:
+        self._store = store
+        self._flight: Flight | None = flight
+        self._abandon = abandon
+
+    @property
+    def done(self) -> bool:
+        """Whether `take` would not wait for reads of its own."""
+        flight = self._flight
+        return flight is None or flight.done
+
+    def take(self, stream: Any = None, *, out: "torch.Tensor | None" = None, raw: bool = False) -> "torch.Tensor":
+        """The rows, as `Store.fetch` returns them; waits for what has not arrived.
+
+        A wrong `out` raises TypeError or ValueError and leaves the ticket as it was; a failed read raises StorageError and
+        ends it. A second take raises RuntimeError.
+        """
+        flight = self._flight
+        if flight is None:
+            raise RuntimeError("this ticket was taken or cancelled before")
+        return self._store._take(self, flight, stream, out, raw)
+
+    def cancel(self) -> None:
+        """Give the rows up: what has not been read yet is not read. Does nothing to a ticket that was taken."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            if flight.job is not None:
+                flight.job.cancel()
+            self._abandon(flight)
+
+    def _claim(self) -> "Flight | None":
+        """The flight, for the one caller that gets it."""
+        flight, self._flight = self._flight, None
+        return flight
+
+    def __del__(self) -> None:
+        flight = self.__dict__.get("_flight")
+        if flight is not None:
+            self._abandon(flight)

@@ -1,0 +1,80 @@
+"""What a caller may ask for: indices, tables, outputs. Every check of an argument, before anything changes."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tiercache.native import jit
+from tiercache.records import Record
+from tiercache.storage.reader import Reader
+
+
+class Table(NamedTuple):
+    """A table of an open store. Its row r is row `base + r` of the store; `dtype` is what fetch returns of it."""
+
+    name: str
+    base: int
+    num_rows: int
+    record: Record
+    dtype: torch.dtype
+    reader: Reader
+    verbatim: bool
+    """Whether a record's bytes are its decoded row."""
+
+
+def rows_of(indices: Any, table: Table) -> tuple[npt.NDArray[np.int64], tuple[int, ...]]:
+    """(rows of the store int64[n], shape asked for). TypeError for what is not integers, IndexError for the first bad row."""
+    if isinstance(indices, torch.Tensor):
+        if indices.device.type != "cpu":
+            raise TypeError(f"indices are on {indices.device}; a store without a device tier takes them on the CPU")
+        if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
+            raise TypeError(f"indices are {indices.dtype}; row numbers are integers")
+        array = indices.numpy()
+    else:
+        array = np.asarray(indices)
+        if array.size == 0 and not isinstance(indices, np.ndarray):
+            array = array.astype(np.int64)
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"indices are {array.dtype}; row numbers are integers")
+    shape = array.shape
+    rows = np.empty(array.size, np.int64)
+    bad = _localise(np.ascontiguousarray(array).reshape(-1), table.base, table.num_rows, rows)
+    if bad >= 0:
+        where = np.unravel_index(bad, shape)
+        raise IndexError(
+            f"row {array[where]} at position {tuple(int(axis) for axis in where)} is out of range: "
+            f"table {table.name!r} has rows 0 to {table.num_rows - 1}"
+        )
+    return rows, shape
+
+
+@jit
+def _localise(indices: Any, base: int, num_rows: int, rows: Any) -> int:
+    """rows[i] = base + indices[i]; the first position that is out of range, or -1."""
+    for i in range(indices.size):
+        row = np.int64(indices[i])
+        if row < 0 or row >= num_rows:
+            return i
+        rows[i] = base + row
+    return -1
+
+
+def output(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor to write to: `out`, if it fits, or a new one. TypeError or ValueError where it does not fit."""
+    if out is None:
+        return torch.empty(shape, dtype=dtype)
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"out is a {type(out).__name__}, not a torch.Tensor")
+    if out.dtype != dtype:
+        raise TypeError(f"out is {out.dtype}; these rows are {dtype}")
+    if out.device.type != "cpu":
+        raise TypeError(f"out is on {out.device}; a store without a device tier writes to the CPU")
+    if out.shape != shape:
+        raise ValueError(f"out has shape {tuple(out.shape)}; these rows have {shape}")
+    if not out.is_contiguous():
+        raise ValueError("out is not contiguous")
+    if out.requires_grad:
+        raise ValueError("out requires a gradient; rows are not differentiable")
+    return out

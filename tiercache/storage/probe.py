@@ -1,0 +1,82 @@
+"""Which engine is faster here: a short measurement of each, on the table itself."""
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tiercache.storage import queue as q
+from tiercache.storage.engine import Engine
+from tiercache.storage.files import OpenFiles
+from tiercache.storage.threads import ThreadsEngine
+from tiercache.storage.uring import UringEngine
+
+_ENGINES: dict[str, Any] = {"uring": UringEngine, "threads": ThreadsEngine}
+_PROBE_READS = 512
+_BLOCK = 4096
+
+
+class Choice(NamedTuple):
+    """An engine that is serving, and how it was chosen.
+
+    `reads_per_s` is what each measured engine reached; empty where none was measured. `notes` say what was asked for and
+    could not be had.
+    """
+
+    engine: Engine
+    reads_per_s: dict[str, float]
+    notes: tuple[str, ...]
+
+
+def start_engine(name: str, files: OpenFiles, queue_depth: int, slot_bytes: int) -> Choice:
+    """Start the named engine, or for "auto" the fastest here. Without a ring from the kernel, threads serve."""
+    notes = (files.refusal,) if files.refusal else ()
+    candidates = ("uring", "threads") if name == "auto" else (name,)
+    engines: list[Engine] = []
+    for candidate in candidates:
+        try:
+            engines.append(_ENGINES[candidate](q.new_queue(), queue_depth, slot_bytes, files.alignment))
+        except OSError as error:
+            notes += (f"io_uring is refused ({error.strerror}); reading with threads",)
+    if not engines:
+        engines.append(ThreadsEngine(q.new_queue(), queue_depth, slot_bytes, files.alignment))
+    for engine in engines:
+        engine.start()
+    if len(engines) == 1:
+        return Choice(engines[0], {}, notes)
+    rates = {engine.name: rate for engine, rate in zip(engines, _measure(engines, files), strict=True)}
+    best = max(engines, key=lambda engine: rates[engine.name])
+    for engine in engines:
+        if engine is not best:
+            engine.close()
+    return Choice(best, rates, notes)
+
+
+def _measure(engines: Sequence[Engine], files: OpenFiles) -> list[float]:
+    """Random reads per second of each engine: the best of two rounds, interleaved, after a warm-up of a few reads."""
+    largest = max(range(len(files.files)), key=lambda number: files.files[number].size)
+    num_blocks = max(files.files[largest].size // _BLOCK, 1)
+    random = np.random.default_rng(0)
+    best = [0.0] * len(engines)
+    for num_reads in (8, _PROBE_READS, _PROBE_READS):
+        for number, engine in enumerate(engines):
+            blocks = random.integers(0, num_blocks, num_reads)
+            seconds = _time(engine, int(files.descriptors[largest]), np.sort(blocks) * _BLOCK)
+            if num_reads == _PROBE_READS:
+                best[number] = max(best[number], num_reads / seconds)
+    return best
+
+
+def _time(engine: Engine, descriptor: int, offsets: npt.NDArray[np.int64]) -> float:
+    reads = np.zeros((offsets.size, q.READ_COLUMNS), np.int64)
+    reads[:, q.AT] = reads[:, q.OFFSET] = offsets
+    reads[:, q.FD], reads[:, q.LENGTH], reads[:, q.NEEDED] = descriptor, _BLOCK, 1
+    pieces, wanted, result = np.zeros((1, q.PIECE_COLUMNS), np.int64), np.empty(0, np.int64), np.zeros(8, np.int64)
+    begin = time.perf_counter()
+    q.submit(engine.queue, reads, pieces, wanted, result, 0)
+    engine.wake()
+    while not q.wait_done(engine.queue, result):
+        pass
+    return time.perf_counter() - begin
