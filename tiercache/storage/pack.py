@@ -40,6 +40,7 @@ Progress = Callable[[int, int], None]
 """Told (bytes done, bytes in all) after each piece."""
 
 _PIECE_BYTES = 32 << 20
+_PIECE_PAGES = _PIECE_BYTES // PAGE_BYTES
 
 
 class PackReport(NamedTuple):
@@ -350,9 +351,9 @@ def _read_checksums(file: TableFile) -> Iterator[tuple[int, npt.NDArray[np.int64
     descriptor = open_readonly(file)
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        buffer = np.empty(min(_PIECE_BYTES, file.size), np.uint8)
-        for start in range(0, file.size, _PIECE_BYTES):
-            piece = buffer[: min(_PIECE_BYTES, file.size - start)]
+        buffer = np.empty(min(_PIECE_PAGES * PAGE_BYTES, file.size), np.uint8)
+        for start in range(0, file.size, buffer.size):
+            piece = buffer[: min(buffer.size, file.size - start)]
             read_exactly(descriptor, file.path, piece, start)
             sums = np.empty(-(-piece.size // PAGE_BYTES), np.int64)
             checksum_pages(piece.ctypes.data, piece.size, PAGE_BYTES, sums.ctypes.data)
