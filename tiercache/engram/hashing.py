@@ -120,6 +120,21 @@ def demo_hashers(
     )
 
 
+def fit_hasher(num_rows: int, *, vocabulary: int, layer: int = 1) -> NgramHasher:
+    """The demo's hashing of 2- and 3-grams with heads as large as a table of `num_rows` rows allows.
+
+    Raises ValueError for a table of less than some hundred rows.
+    """
+    size = num_rows // 16
+    while size > 1:
+        (hasher,) = demo_hashers((layer,), vocabulary=vocabulary, table_vocabularies=(size, size))
+        excess = hasher.num_rows - num_rows
+        if excess <= 0:
+            return hasher
+        size -= -(-excess // 16)
+    raise ValueError(f"num_rows = {num_rows}: 16 different primes do not fit")
+
+
 def _multipliers(vocabulary: int, count: int, seed: int) -> tuple[int, ...]:
     half = max(1, (2**63 - 1) // vocabulary // 2)
     drawn = np.random.default_rng(seed).integers(0, half, count, np.int64)
