@@ -49,7 +49,7 @@ class State(NamedTuple):
     book: npt.NDArray[np.int64]
 
 
-def init(capacity: int, *, small: float = 0.25, ghost: float = 2.0, threshold: int = 2) -> State:
+def init(capacity: int, *, small: float = 0.25, ghost: float = 0.75, threshold: int = 1) -> State:
     """State of `capacity` slots: 5 bytes a slot and 24 a ghost.
 
     small      share of the slots in the small queue, above 0 and below 1
@@ -79,8 +79,7 @@ def init(capacity: int, *, small: float = 0.25, ghost: float = 2.0, threshold: i
 def on_hit(state: State, keys: Any, slot: int) -> None:
     """Count the hit."""
     uses = state.uses[slot]
-    if uses < _MOST_USES:
-        state.uses[slot] = uses + 1
+    state.uses[slot] = uses + (uses < _MOST_USES)
 
 
 @lean

@@ -1,0 +1,50 @@
+"""Misses of every policy on a seeded Zipf trace, and how they are counted. Run as a script: prints them as JSON."""
+
+import json
+import sys
+
+import numpy as np
+
+from tiercache.level import MISSES, Level
+from tiercache.policies import POLICIES
+
+CAPACITIES = (1, 2, 3, 17, 100, 1000)
+
+GOLDEN: dict[str, tuple[int, ...]] = {
+}
+
+
+def zipf_trace(num_accesses, num_rows=5000, seed=0):
+    """Independent draws, row rank i with weight (i + 1) ** -0.8, rows numbered at random."""
+    rng = np.random.default_rng(seed)
+    weights = np.cumsum((np.arange(num_rows) + 1.0) ** -0.8)
+    ranks = np.searchsorted(weights, rng.random(num_accesses) * weights[-1])
+    return rng.permutation(num_rows)[ranks].astype(np.int64)
+
+
+def options_of(name, capacity, rows, batch=1):
+    """Parameters of the two policies that need some: the profile and the future of the trace itself."""
+    if name == "static":
+        return {"hot_rows": np.argsort(-np.bincount(rows), kind="stable")[:capacity]}
+    if name == "belady":
+        return {"future": (rows, np.append(np.arange(0, rows.size, batch), rows.size))}
+    return {}
+
+
+def count_misses(name, capacity, rows, batch=1):
+    """Misses of a level that starts empty and is given `batch` rows at a time. Checks the books at the end."""
+    level = Level(POLICIES[name], capacity, options_of(name, capacity, rows, batch))
+    for start in range(0, rows.size, batch):
+        level.unpin(level.plan(rows[start : start + batch]).held)
+    level.check()
+    return int(level.counters[MISSES])
+
+
+def all_misses(num_accesses, capacities, batch=1):
+    """{policy: [misses at each capacity]}."""
+    rows = zipf_trace(num_accesses)
+    return {name: [count_misses(name, capacity, rows, batch) for capacity in capacities] for name in POLICIES}
+
+
+if __name__ == "__main__":
+    json.dump(all_misses(*json.loads(sys.argv[1])), sys.stdout)
