@@ -1,8 +1,9 @@
 """Row numbers of a text's suffix n-grams, by the hashing of the Engram paper's demo.
 
 Position t has one n-gram of each order 2..N that ends there. An n-gram is mixed into one integer, the exclusive or of
-each token's product with an odd multiplier of its distance, and each head of the order takes that integer modulo a prime
-of its own. The heads' ranges follow one another in one table. Tokens before the start of a document count as the pad id.
+each token's product with an odd multiplier of its distance, and each head of the order takes that integer modulo a
+prime of its own. The heads' ranges follow one another in one table. Tokens before the start of a document count as the
+pad id.
 
 Cheng et al., "Conditional Memory via Scalable Lookup", arXiv 2601.07372.
 """

@@ -12,7 +12,7 @@ ONLINE = ("fifo", "lru", "lfu", "sieve", "s3fifo", "arc", "wtinylfu")
 
 
 class Curves(NamedTuple):
-    """Counts of each policy and the bounds at each capacity, in slots; touched_rows are the distinct rows of the trace."""
+    """Counts of each policy and the bounds at each capacity, in slots. touched_rows: distinct rows of the trace."""
 
     capacities: tuple[int, ...]
     touched_rows: int

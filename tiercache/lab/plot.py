@@ -1,6 +1,8 @@
 """The picture of hit-rate curves."""
 
+import operator
 import os
+from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -63,7 +65,7 @@ def _label(axes: Axes, sizes: list[float], curves: Curves, record_bytes: int) ->
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes.spines[["right"]].set_visible(False)
     mib = curves.touched_rows * record_bytes / 2**20 / 100
-    top = axes.secondary_xaxis("top", functions=(lambda share: share * mib, lambda size: size / mib))
+    top = axes.secondary_xaxis("top", functions=(partial(operator.mul, mib), partial(operator.mul, 1 / mib)))
     top.set_xticks([tick * mib for tick in ticks], [f"{tick * mib:.3g}" for tick in ticks])
     top.minorticks_off()
     top.set_xlabel("MiB of records")

@@ -57,7 +57,7 @@ def replay_simulated(
 def replay_live(
     store: Store, trace: Trace, uses: Uses, *, table: str | None = None, on_batch: OnBatch | None = None
 ) -> Replay:
-    """Fetch batch after batch of a trace as raw records. Rows are of `table`, as in `Store.fetch`, and so are the errors."""
+    """Fetch batch after batch of a trace as raw records. Rows are of `table`. Raises as `Store.fetch`."""
     before = store.stats()
     latency_ns = np.empty(trace.num_batches, np.int64)
     longest = int(np.diff(trace.offsets).max(initial=0))

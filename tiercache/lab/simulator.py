@@ -10,7 +10,7 @@ from tiercache.policies import POLICIES
 
 
 class Counts(NamedTuple):
-    """What a tier counted. Each distinct row of a batch is one access, a hit or a miss; bypasses are misses not kept."""
+    """What a tier counted. Each distinct row of a batch is an access, a hit or a miss; bypasses are misses not kept."""
 
     accesses: int
     hits: int
@@ -32,8 +32,8 @@ def simulate(
 ) -> Counts:
     """Counts of a policy, by name, over a tier of `capacity` slots that starts empty.
 
-    rows: int64[n], not negative. offsets: int64[b + 1], batch i is rows[offsets[i] : offsets[i + 1]]; None for batches of
-    one row. options: parameters of the policy.
+    rows: int64[n], not negative. offsets: int64[b + 1], batch i is rows[offsets[i] : offsets[i + 1]]; None for batches
+    of one row. options: parameters of the policy.
     """
     level = Level(POLICIES[policy], capacity, options)
     batches = np.arange(rows.size + 1, dtype=np.int64) if offsets is None else offsets

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
+from zipfile import is_zipfile
 
 import numpy as np
 import numpy.typing as npt
@@ -34,11 +34,14 @@ def load_tokens(path: str | os.PathLike[str] = SHIPPED) -> TokenStream:
 
     Raises FormatError where the file holds something else, OSError where it cannot be read.
     """
+    with open(path, "rb") as file:
+        if not is_zipfile(file):
+            raise FormatError(f"{path}: not an .npz file")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            tokens = archive["tokens"].astype(np.int64, casting="safe")
-            documents = archive["documents"].astype(np.int64) if "documents" in archive else np.array([tokens.size])
-    except (ValueError, KeyError, TypeError, AttributeError, BadZipFile) as error:
+            tokens = archive["tokens"].astype(np.int64, casting="same_kind")
+            documents = archive.get("documents", np.array([tokens.size])).astype(np.int64, casting="same_kind")
+    except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{path}: not a token stream: {error}") from error
     if tokens.ndim != 1 or documents.ndim != 1 or documents.sum() != tokens.size:
         raise FormatError(f"{path}: documents of {documents.sum()} tokens in all, but tokens of shape {tokens.shape}")

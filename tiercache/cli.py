@@ -1,0 +1,247 @@
+"""The command line. Parses and prints; everything else is done by the modules it calls."""
+
+import subprocess
+import sys
+import warnings
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from typer.core import TyperGroup
+
+from tiercache import demo as demonstration
+from tiercache.config import parse_bytes
+from tiercache.engram.hashing import fit_hasher
+from tiercache.errors import ConfigError, TierCacheError
+from tiercache.lab.bounds import Uses, uses_of
+from tiercache.lab.curves import ONLINE
+from tiercache.lab.replay import Replay, replay_live, replay_simulated
+from tiercache.lab.tokens import SHIPPED, SHIPPED_VOCABULARY, TokenStream, load_tokens
+from tiercache.lab.trace import Trace, chunks, serving
+from tiercache.policies import DEFAULT
+from tiercache.storage import pack as packing
+from tiercache.store import Store
+
+_BENCH = Path(__file__).parent.parent / "bench"
+
+
+class _Commands(TyperGroup):
+    """Commands whose expected errors are one line and an exit code: 2 for a wrong setting, 1 for the rest."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (TierCacheError, OSError) as error:
+            Console(stderr=True).print(
+                f"tiercache: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+            )
+            raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="A table of rows far larger than memory, served from host memory and NVMe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.print(installed_version("tiercache"), highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(int(text) if text.isdigit() else text)
+    except ValueError as error:
+        raise ConfigError(f"capacity {text!r}: {error}") from None
+
+
+Fields = Annotated[
+    list[str] | None, typer.Option("--field", help="Tensor that a row is made of; give it once for each, in order.")
+]
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Option(help="Where the table and the picture are kept.")] = Path("demo"),
+    num_tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of text to serve.")] = 100_000,
+) -> None:
+    """Serve real text from a 2 GiB table through 64 MiB of memory, and compare every byte."""
+    demonstration.run(directory, num_tokens=num_tokens, console=console)
+
+
+@app.command()
+def pack(source: Path, destination: Path, field: Fields = None) -> None:
+    """Write a safetensors table as a packed one: one read a row, with page checksums."""
+    with _byte_progress() as progress:
+        task = progress.add_task("", total=None)
+        report = packing.pack(
+            source,
+            destination,
+            fields=tuple(field or ()),
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    rate = report.num_bytes / report.seconds / 2**20
+    console.print(
+        f"{report.path}: {report.num_rows:,} rows of {report.record_bytes} B, {rate:,.0f} MiB/s",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def verify(path: Path) -> None:
+    """Read a packed table and compare every page with its checksum."""
+    with _byte_progress() as progress:
+        task = progress.add_task("", total=None)
+        report = packing.verify(path, progress=lambda done, total: progress.update(task, completed=done, total=total))
+    for page in report.bad[:20]:
+        console.print(f"{page.file}: page {page.page}, from row {page.first_row}, is damaged", soft_wrap=True)
+    console.print(f"{report.num_pages:,} pages of {path}, {len(report.bad):,} damaged", soft_wrap=True)
+    if report.bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(path: Path, field: Fields = None) -> None:
+    """Say what a table is, and how this machine would read it."""
+    fields = tuple(field or ())
+    info = packing.inspect(path, fields=fields)
+    lines = [
+        ("kind", info.kind),
+        ("rows", f"{info.num_rows:,}"),
+        ("record", f"{info.record.record_bytes} B"),
+        *((f"  {part.name}", f"{part.dtype} x {part.width}") for part in info.record.fields),
+        ("files", f"{len(info.files)}, {sum(file.size for file in info.files) / 2**30:,.2f} GiB"),
+        ("identity", info.identity),
+        ("checksums", f"of {info.page_bytes} B pages" if info.page_bytes else "none"),
+        *((f"source {key}", value) for key, value in info.source.items()),
+    ]
+    config = {"table": [{"path": path, "fields": fields}], "host": {"capacity": "1MiB"}}
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning), Store.open(config) as store:
+        storage = store.stats().storage
+    if storage:
+        lines += [("engine", f"{storage.engine}, reads aligned to {storage.alignment} B")]
+        lines += [(f"  {engine}", f"{rate:,.0f} reads/s") for engine, rate in storage.probe_reads_per_s.items()]
+        lines += [("note", note) for note in storage.notes]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in lines:
+        table.add_row(name, value)
+    console.print(table, highlight=False)
+
+
+@app.command()
+def replay(
+    text: Annotated[Path, typer.Option("--tokens", help=".npz with tokens and documents.")] = SHIPPED,
+    vocabulary: Annotated[int, typer.Option(min=1, help="Number of token ids.")] = SHIPPED_VOCABULARY,
+    limit: Annotated[int | None, typer.Option(min=1, help="Tokens to use; all where it is not given.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a batch; without it, prefill chunks and decode steps mixed.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Replay through this store; without it, simulate.")] = None,
+    name: Annotated[str | None, typer.Option("--table", help="Table of the store.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="Policy to simulate, or several.")] = None,
+    capacity: Annotated[list[str] | None, typer.Option(help="Tier size to simulate, or several.")] = None,
+    record_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a simulated record.")] = 264,
+    num_rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of the simulated table.")] = 8_134_407,
+) -> None:
+    """Replay the n-grams of a text, live or simulated: hit rates, bytes read, and what no policy could beat."""
+    stream = load_tokens(text)
+    stream = stream if limit is None else stream.first(limit)
+    if config is not None:
+        with Store.open(config) as store:
+            wanted = _trace(stream, store.num_rows(name), vocabulary, batch)
+            with console.status(f"Fetching {wanted.rows.size:,} rows"):
+                result = replay_live(store, wanted, uses_of(wanted), table=name)
+        _print_replays([result], store.config.host.capacity // result.capacity)
+        p50, p99 = np.percentile(result.latency_ns, (50, 99)) / 1e6
+        console.print(f"{wanted.num_batches:,} fetches: p50 {p50:.3f} ms, p99 {p99:.3f} ms")
+        return
+    policies = _known(policy or [DEFAULT])
+    wanted = _trace(stream, num_rows, vocabulary, batch)
+    uses = uses_of(wanted)
+    sizes = [max(1, _bytes(size) // record_bytes) for size in capacity or ["64MiB"]]
+    with console.status(f"Simulating {wanted.rows.size:,} rows"):
+        results = [_simulate(each, slots, wanted, uses, record_bytes) for slots in sizes for each in policies]
+    _print_replays(results, record_bytes)
+
+
+def _simulate(policy: str, slots: int, wanted: Trace, uses: Uses, record_bytes: int) -> Replay:
+    return replay_simulated(policy, slots, wanted, uses, record_bytes=record_bytes)
+
+
+def _known(policies: list[str]) -> list[str]:
+    for policy in policies:
+        if policy not in ONLINE:
+            raise ConfigError(f"policy {policy!r}: allowed are {', '.join(ONLINE)}")
+    return policies
+
+
+def _trace(stream: TokenStream, num_rows: int, vocabulary: int, batch: int | None) -> Trace:
+    try:
+        rows = fit_hasher(num_rows, vocabulary=vocabulary).rows(stream.tokens, stream.documents)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return serving(rows, stream.documents) if batch is None else chunks(rows, batch)
+
+
+def _print_replays(results: list[Replay], record_bytes: int) -> None:
+    columns = ("policy", "MiB", "hits", "static", "Belady", "unbounded", "misses", "MiB read")
+    title = f"Share of {results[0].counts.accesses:,} accesses, each a distinct row of a batch"
+    table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for result in results:
+        counts, bounds = result.counts, result.bounds
+        hits = (counts.hits, bounds.static, bounds.belady, bounds.unbounded)
+        table.add_row(
+            result.tier,
+            f"{result.capacity * record_bytes / 2**20:,.1f}",
+            *(f"{100 * each / max(bounds.accesses, 1):.2f}%" for each in hits),
+            f"{counts.misses:,}",
+            f"{result.bytes_read / 2**20:,.0f}",
+        )
+    console.print(table)
+
+
+@app.command()
+def bench(names: Annotated[list[str] | None, typer.Argument(help="Which to run; all by default.")] = None) -> None:
+    """Run the measurements of a source checkout, one after another."""
+    scripts = {path.stem: path for path in sorted(_BENCH.glob("[!_]*.py"))}
+    if not scripts:
+        raise ConfigError(f"{_BENCH}: no measurements here; they come with a checkout of the sources")
+    for name in names or scripts:
+        if name not in scripts:
+            raise ConfigError(f"bench {name!r}: allowed are {', '.join(scripts)}")
+    for name in names or scripts:
+        console.rule(name)
+        code = subprocess.run([sys.executable, str(scripts[name])], check=False).returncode
+        if code:
+            raise typer.Exit(code)
+
+
+def _byte_progress() -> Progress:
+    return Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=console)
+
+
+if __name__ == "__main__":
+    app()
