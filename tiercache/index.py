@@ -1,11 +1,14 @@
-"""The residency index: row -> slot, by open addressing.
+"""The residency index: row -> slot. A direct map where that is no larger, else open addressing.
 
-`table` is int64[num_entries], at most half full. An entry is `tag << 32 | slot + 1`, or 0 where free; the tag is a 32-bit
-hash of the row, and `home(tag)` is where its search begins, so an entry can be moved without looking at its row. A tag
-that matches is a candidate: the caller compares the row itself, `keys[slot]`, which it is about to touch anyway. Probes of
-a batch run block by block, each line asked for before it is read.
+The direct map is int32[num_rows], slot + 1 of each row or 0. It is chosen where a tier has slots for a quarter of the rows
+or more, since it then takes no more memory than the hash table, and one line a probe without any hashing.
 
-Linear probing; removal shifts the rest of the run back, so there are no tombstones and the table never needs rebuilding.
+The hash table is int64[num_entries], at most half full. An entry is `tag << 32 | slot + 1`, or 0 where free; the tag is a
+32-bit hash of the row, and `_home(tag)` is where its search begins, so an entry can be moved without looking at its row. A
+tag that matches is a candidate: the caller compares the row itself, `keys[slot]`, which it is about to touch anyway. Linear
+probing; removal shifts the rest of the run back, so there are no tombstones and the table never needs rebuilding.
+
+The functions take either table: compiled code knows which by its type.
 """
 
 from typing import Any
@@ -13,19 +16,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import jit
+from tiercache.native import lean
 
 _LOW = 0xFFFFFFFF
+_HASHED_ENTRIES = 2
+"""Entries of the hash table, per slot."""
 
 
-def new_table(capacity: int) -> npt.NDArray[np.int64]:
-    """An empty index for `capacity` slots: int64[max(2 * capacity, 8)]. Written, so that no probe waits for a new page."""
-    table = np.empty(max(2 * capacity, 8), np.int64)
+def new_table(capacity: int, num_rows: int | None = None) -> npt.NDArray[Any]:
+    """An empty index for `capacity` slots, and for rows below `num_rows` where that is known.
+
+    Its memory is written, so that no probe waits for a new page.
+    """
+    table: npt.NDArray[Any]
+    if num_rows is not None and 4 * num_rows <= 8 * _HASHED_ENTRIES * capacity:
+        table = np.empty(num_rows, np.int32)
+    else:
+        table = np.empty(max(_HASHED_ENTRIES * capacity, 8), np.int64)
     table.fill(0)
     return table
 
 
-@jit
+@lean
 def tag_of(row: int) -> int:
     """32-bit hash of a row, a bijection for rows below 2**32 (two multiply-xorshift rounds)."""
     x = (row ^ (row >> 32)) & _LOW
@@ -34,33 +46,44 @@ def tag_of(row: int) -> int:
     return x ^ (x >> 15)
 
 
-@jit
-def home(tag: int, num_entries: int) -> int:
+@lean
+def _home(tag: int, num_entries: int) -> int:
     """Where the search for a tag begins: the tag scaled to the table's length."""
     return ((tag >> 1) * num_entries) >> 31
 
 
-@jit
-def candidate(table: Any, tag: int) -> int:
-    """The first slot whose tag matches, or -1."""
-    at = home(tag, table.size)
-    entry = table[at]
-    while entry != 0:
-        if (entry >> 32) & _LOW == tag:
-            return (entry & _LOW) - 1
+@lean
+def address(table: Any, row: int) -> int:
+    """Where the search for a row begins in memory: what to ask for ahead of it."""
+    if table.itemsize == 4:
+        return table.ctypes.data + 4 * row
+    return table.ctypes.data + 8 * _home(tag_of(row), table.size)
+
+
+@lean
+def candidate(table: Any, row: int) -> int:
+    """The slot that may hold `row`, to be compared with the slot's own row; -1 where none does."""
+    if table.itemsize == 4:
+        return np.int64(table[row]) - 1
+    tag = tag_of(row)
+    at = _home(tag, table.size)
+    entry = np.int64(table[at])
+    while entry != 0 and (entry >> 32) & _LOW != tag:
         at += 1
         if at == table.size:
             at = 0
-        entry = table[at]
-    return -1
+        entry = np.int64(table[at])
+    return (entry & _LOW) - 1
 
 
-@jit
+@lean
 def find(table: Any, keys: Any, row: int) -> int:
     """The slot that holds `row`, or -1."""
+    if table.itemsize == 4:
+        return np.int64(table[row]) - 1
     tag = tag_of(row)
-    at = home(tag, table.size)
-    entry = table[at]
+    at = _home(tag, table.size)
+    entry = np.int64(table[at])
     while entry != 0:
         if (entry >> 32) & _LOW == tag:
             slot = (entry & _LOW) - 1
@@ -69,15 +92,18 @@ def find(table: Any, keys: Any, row: int) -> int:
         at += 1
         if at == table.size:
             at = 0
-        entry = table[at]
-    return -1
+        entry = np.int64(table[at])
+    return np.int64(-1)
 
 
-@jit
+@lean
 def insert(table: Any, row: int, slot: int) -> None:
     """Add a row that is absent."""
+    if table.itemsize == 4:
+        table[row] = slot + 1
+        return
     tag = tag_of(row)
-    at = home(tag, table.size)
+    at = _home(tag, table.size)
     while table[at] != 0:
         at += 1
         if at == table.size:
@@ -85,13 +111,16 @@ def insert(table: Any, row: int, slot: int) -> None:
     table[at] = (tag << 32) | (slot + 1)
 
 
-@jit
+@lean
 def remove(table: Any, row: int, slot: int) -> None:
     """Remove a row that is present in `slot`."""
+    if table.itemsize == 4:
+        table[row] = 0
+        return
     size = table.size
     tag = tag_of(row)
     entry = (tag << 32) | (slot + 1)
-    hole = home(tag, size)
+    hole = _home(tag, size)
     while table[hole] != entry:
         hole += 1
         if hole == size:
@@ -101,10 +130,10 @@ def remove(table: Any, row: int, slot: int) -> None:
         at += 1
         if at == size:
             at = 0
-        entry = table[at]
+        entry = np.int64(table[at])
         if entry == 0:
             break
-        distance_home = at - home((entry >> 32) & _LOW, size)
+        distance_home = at - _home((entry >> 32) & _LOW, size)
         if distance_home < 0:
             distance_home += size
         distance_hole = at - hole

@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache import index
-from tiercache.native import jit, prefetch
+from tiercache.native import lean, prefetch
 from tiercache.policies.base import BYPASS, EMPTY, Policy, on_hit, on_miss
 
-SLOT = np.dtype([("key", "i8"), ("stamp", "i4"), ("pins", "i2"), ("pending", "i2")])
-"""Per slot: its row or EMPTY; the batch that last used it; plans that hold it; reads it waits for (negative: failed)."""
+SLOT = np.dtype([("key", "i8"), ("stamp", "i4"), ("pins", "i2"), ("pending", "i1"), ("mark", "u1")])
+"""Per slot: its row or EMPTY; the batch that last used it; plans that hold it; reads it waits for (negative: failed); a
+byte for the policy, which a hit thus finds in the line that it reads anyway."""
 
 BATCH, PINNED, HITS, MISSES, BYPASSES = range(5)
 """Columns of `counters`: number of the batch, slots pinned now, distinct hits, distinct misses, misses kept out."""
@@ -54,15 +55,22 @@ class Plan(NamedTuple):
 
 
 class Level:
-    """Bookkeeping of one tier of `capacity` slots under a policy. Not safe from several threads: the store locks."""
+    """Bookkeeping of one tier of `capacity` slots under a policy. Not safe from several threads: the store locks.
 
-    def __init__(self, policy: Policy, capacity: int, options: Mapping[str, Any] | None = None) -> None:
+    `num_rows`, where it is known, bounds the rows and lets the index be a direct map.
+    """
+
+    def __init__(
+        self, policy: Policy, capacity: int, options: Mapping[str, Any] | None = None, num_rows: int | None = None
+    ) -> None:
         self.policy = policy
         self.capacity = capacity
-        self.state = policy.init(capacity, **(options or {}))
         self.slots = np.zeros(capacity, SLOT)
         self.slots["key"] = EMPTY
-        self.table = index.new_table(capacity)
+        self.state = policy.init(capacity, **(options or {}))
+        if "marks" in self.state._fields:
+            self.state = self.state._replace(marks=self.slots["mark"])
+        self.table = index.new_table(capacity, num_rows)
         self.seen = np.zeros(8, np.int64)
         self.counters = np.zeros(8, np.int64)
 
@@ -90,6 +98,18 @@ class Level:
     def nbytes(self) -> int:
         """Bytes of the books."""
         return _nbytes((self.slots, self.table, self.seen, self.state))
+
+    def replay(self, rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Plan the batches rows[offsets[b] : offsets[b + 1]] one after the other; their distinct hits, int64[b]."""
+        longest = int(np.diff(offsets).max(initial=0))
+        if self.seen.size < 2 * longest:
+            self.seen = np.zeros(1 << (2 * longest).bit_length(), np.int64)
+        where, held, fill = (np.empty(longest, np.int32) for _ in range(3))
+        misses, hits = np.empty(longest, np.int64), np.empty(offsets.size - 1, np.int64)
+        replay(
+            self.slots, self.table, self.seen, self.counters, self.state, rows, offsets, hits, where, held, misses, fill
+        )
+        return hits
 
     def unpin(self, held: npt.NDArray[np.int32]) -> None:
         """Let go of the slots of a plan."""
@@ -119,7 +139,7 @@ _NO_ROWS = np.empty(0, np.int64)
 _NO_PLACES = np.empty(0, np.int32)
 
 
-@jit
+@lean
 def probe(
     slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, where: Any, held: Any
 ) -> tuple[int, int, int]:
@@ -135,22 +155,23 @@ def probe(
         counters[BATCH] = 0
     counters[BATCH] += 1
     batch = np.int32(counters[BATCH])
-    entries, slots_at = table.ctypes.data, slots.ctypes.data
+    slots_at = slots.ctypes.data
     size = rows.size
-    num_held = missing = waiting = 0
-    for start in range(0, size, _BLOCK):
-        stop = min(start + _BLOCK, size)
+    num_held = missing = waiting = pinned = 0
+    for start in range(0, size + 2 * _BLOCK if size > 4 else 1, _BLOCK):
         if size > 4:
-            for i in range(start, stop):
-                prefetch(entries + 8 * index.home(index.tag_of(rows[i]), table.size))
-            for i in range(start, stop):
-                slot = index.candidate(table, index.tag_of(rows[i]))
+            for i in range(start, min(start + _BLOCK, size)):
+                prefetch(index.address(table, rows[i]))
+            for i in range(max(start - _BLOCK, 0), min(start, size)):
+                slot = index.candidate(table, rows[i])
                 where[i] = slot
                 prefetch(slots_at + 16 * slot)
+            first, stop = max(start - 2 * _BLOCK, 0), min(start - _BLOCK, size)
         else:
-            for i in range(start, stop):
-                where[i] = index.candidate(table, index.tag_of(rows[i]))
-        for i in range(start, stop):
+            first, stop = 0, size
+            for i in range(size):
+                where[i] = index.candidate(table, rows[i])
+        for i in range(first, stop):
             slot = np.int64(where[i])
             if slot >= 0 and keys[slot] != rows[i]:
                 slot = index.find(table, keys, rows[i])
@@ -159,17 +180,18 @@ def probe(
                 missing += 1
             elif stamps[slot] != batch:
                 stamps[slot] = batch
-                counters[PINNED] += pins[slot] == 0
+                pinned += pins[slot] == 0
                 pins[slot] += np.int16(1)
                 waiting += pending[slot] != 0
                 held[num_held] = slot
                 num_held += 1
                 on_hit(state, keys, slot)
+    counters[PINNED] += pinned
     counters[HITS] += num_held
     return num_held, missing, waiting
 
 
-@jit
+@lean
 def admit(
     slots: Any,
     table: Any,
@@ -230,7 +252,7 @@ def admit(
     return num_held, num_misses, staged
 
 
-@jit
+@lean
 def unpin(slots: Any, counters: Any, held: Any) -> None:
     """Let go of distinct slots that one plan pinned."""
     pins = slots["pins"]
@@ -243,7 +265,7 @@ def unpin(slots: Any, counters: Any, held: Any) -> None:
         counters[PINNED] -= pins[slot] == 0
 
 
-@jit
+@lean
 def drop(slots: Any, table: Any, slot: int) -> None:
     """Forget what a slot holds."""
     keys = slots["key"]
@@ -253,20 +275,30 @@ def drop(slots: Any, table: Any, slot: int) -> None:
         keys[slot] = EMPTY
 
 
-@jit
-def replay(slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, offsets: Any, batch_hits: Any) -> None:
-    """Plan batch after batch of a trace: rows int64[n], offsets int64[b + 1], batch_hits int64[b] (distinct, written)."""
-    longest = 0
-    for b in range(offsets.size - 1):
-        longest = max(longest, offsets[b + 1] - offsets[b])
-    where, held = np.empty(longest, np.int32), np.empty(longest, np.int32)
-    misses, fill = np.empty(longest, np.int64), np.empty(longest, np.int32)
-    entries = table.ctypes.data
+@lean
+def replay(
+    slots: Any,
+    table: Any,
+    seen: Any,
+    counters: Any,
+    state: Any,
+    rows: Any,
+    offsets: Any,
+    batch_hits: Any,
+    where: Any,
+    held: Any,
+    misses: Any,
+    fill: Any,
+) -> None:
+    """Plan batch after batch of a trace: rows int64[n], offsets int64[b + 1], batch_hits int64[b] (distinct, written).
+
+    where, held, misses and fill are room for the longest batch, as in a Plan.
+    """
     for b in range(offsets.size - 1):
         batch = rows[offsets[b] : offsets[b + 1]]
         if batch.size <= 4 and offsets[b + 1] + 16 < rows.size:
             for i in range(offsets[b], offsets[b + 1]):
-                prefetch(entries + 8 * index.home(index.tag_of(rows[i + 16]), table.size))
+                prefetch(index.address(table, rows[i + 16]))
         num_held, missing, _ = probe(slots, table, seen, counters, state, batch, where, held)
         batch_hits[b] = num_held
         if missing:
@@ -276,7 +308,7 @@ def replay(slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: A
         unpin(slots, counters, held[:num_held])
 
 
-@jit
+@lean
 def pending_of(slots: Any, held: Any, out: Any) -> int:
     """Collect the held slots whose bytes another plan's reads have yet to bring; how many. Under the store's lock."""
     pending = slots["pending"]

@@ -92,6 +92,47 @@ def _memcpy(destination, source, num_bytes):  # type: ignore[no-untyped-def]
     return copy
 
 
+def _mover(num_bytes: int) -> Any:
+    """Copy a fixed number of bytes between addresses of any alignment, through one vector register."""
+    word = ir.IntType(8 * num_bytes) if num_bytes <= 8 else ir.VectorType(ir.IntType(64), num_bytes // 8)
+
+    @intrinsic
+    def move(context, destination, source):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            target, origin = (builder.inttoptr(argument, word.as_pointer()) for argument in arguments)
+            builder.store(builder.load(origin, align=1), target, align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), emit
+
+    return move
+
+
+_move64, _move8, _move1 = _mover(64), _mover(8), _mover(1)
+
+
+def copy(destination: int, source: int, num_bytes: int) -> None:
+    """`memcpy` for records of some hundred bytes, without the call."""
+    ctypes.memmove(int(destination), int(source), int(num_bytes))
+
+
+@overload(copy)
+def _copy(destination, source, num_bytes):  # type: ignore[no-untyped-def]
+    def words(destination, source, num_bytes):  # type: ignore[no-untyped-def]
+        at = np.int64(0)
+        while at + 64 <= num_bytes:
+            _move64(destination + at, source + at)
+            at += 64
+        while at + 8 <= num_bytes:
+            _move8(destination + at, source + at)
+            at += 8
+        while at < num_bytes:
+            _move1(destination + at, source + at)
+            at += 1
+
+    return words
+
+
 def prefetch(address: int) -> None:
     """Ask for the cache line at an address. A hint: any address is allowed."""
 
@@ -138,19 +179,19 @@ def _atomic(bits: int, kind: Any) -> tuple[Any, Any]:
     return load, store
 
 
-_load16, _store16 = _atomic(16, types.int16)
+_load8, _store8 = _atomic(8, types.int8)
 _load32, _store32 = _atomic(32, types.uint32)
 _load64, _store64 = _atomic(64, types.int64)
 
 
-def load16(address: int) -> int:
-    """int16 at an address, with acquire order."""
-    return ctypes.c_int16.from_address(int(address)).value
+def load8(address: int) -> int:
+    """int8 at an address, with acquire order."""
+    return ctypes.c_int8.from_address(int(address)).value
 
 
-def store16(address: int, value: int) -> None:
-    """Store an int16 with release order."""
-    ctypes.c_int16.from_address(int(address)).value = int(value)
+def store8(address: int, value: int) -> None:
+    """Store an int8 with release order."""
+    ctypes.c_int8.from_address(int(address)).value = int(value)
 
 
 def load32(address: int) -> int:
@@ -173,14 +214,14 @@ def store64(address: int, value: int) -> None:
     ctypes.c_int64.from_address(int(address)).value = int(value)
 
 
-@overload(load16)
-def _load16_twin(address):  # type: ignore[no-untyped-def]
-    return lambda address: np.int64(_load16(address))
+@overload(load8)
+def _load8_twin(address):  # type: ignore[no-untyped-def]
+    return lambda address: np.int64(_load8(address))
 
 
-@overload(store16)
-def _store16_twin(address, value):  # type: ignore[no-untyped-def]
-    return lambda address, value: _store16(address, value)
+@overload(store8)
+def _store8_twin(address, value):  # type: ignore[no-untyped-def]
+    return lambda address, value: _store8(address, value)
 
 
 @overload(load32)

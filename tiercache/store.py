@@ -56,8 +56,9 @@ class Store:
         self._fetches = self._rows = self._flights = 0
         self._abandoned: deque[Flight] = deque()
         self._stride = -(-max(table.record.record_bytes for table in tables.values()) // 8) * 8
-        capacity = _capacity(config.host, self._stride, sum(table.num_rows for table in tables.values()))
-        self._level = Level(POLICIES[config.host.policy], capacity, options)
+        num_rows = sum(table.num_rows for table in tables.values())
+        capacity = _capacity(config.host, self._stride, num_rows)
+        self._level = Level(POLICIES[config.host.policy], capacity, options, num_rows)
         self._buffer = HostBuffer(capacity, self._stride)
         on_disk = [table for table in tables.values() if isinstance(table, FileTable)]
         self._disk = (

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from tiercache.native import lean
 from tiercache.policies import keyset
-from tiercache.policies.base import BYPASS, EMPTY, MAX_PINNED_VICTIMS, Policy, bind
+from tiercache.policies.base import BYPASS, EMPTY, MAX_PINNED_VICTIMS, Policy, bind, int64
 from tiercache.policies.keyset import ABSENT, KeySet
 from tiercache.policies.links import NEWER, members, new_rings, push, unlink
 
@@ -36,14 +36,14 @@ class State(NamedTuple):
     """Two queues in one array, and the ghost.
 
     newer       int32[capacity + 2]  the slot that entered the same queue next; element `capacity + queue` is its anchor
-    uses        uint8[capacity]      hits since it entered its queue or last went round, at most 3
+    marks       uint8[capacity]      hits since it entered its queue or last went round, at most 3
     ghosts      KeySet               keys remembered
     ghost_links int32[ghosts + 1, 2] their order
     book        int64[10]            size, newest slot and share of either queue; slots handed out; ghosts; most ghosts; threshold
     """
 
     newer: npt.NDArray[np.int32]
-    uses: npt.NDArray[np.uint8]
+    marks: npt.NDArray[np.uint8]
     ghosts: KeySet
     ghost_links: npt.NDArray[np.int32]
     book: npt.NDArray[np.int64]
@@ -78,8 +78,8 @@ def init(capacity: int, *, small: float = 0.25, ghost: float = 0.75, threshold: 
 @lean
 def on_hit(state: State, keys: Any, slot: int) -> None:
     """Count the hit."""
-    uses = state.uses[slot]
-    state.uses[slot] = uses + (uses < _MOST_USES)
+    uses = state.marks[slot]
+    state.marks[slot] = uses + (uses < _MOST_USES)
 
 
 @lean
@@ -113,7 +113,7 @@ def _evict(state: State, capacity: int, pins: Any) -> tuple[int, int]:
     if book[_SIZE + _MAIN] <= book[_SHARE + _MAIN]:
         while book[_SIZE + _SMALL] > 0:
             slot = _pop(state, capacity, _SMALL)
-            if state.uses[slot] >= book[_THRESHOLD]:
+            if state.marks[slot] >= book[_THRESHOLD]:
                 _push(state, capacity, _MAIN, slot)
             elif pins[slot] <= 0:
                 return slot, _SMALL
@@ -121,25 +121,25 @@ def _evict(state: State, capacity: int, pins: Any) -> tuple[int, int]:
                 _rotate(state, capacity, _SMALL, slot)
                 patience -= 1
                 if patience < 0:
-                    return np.int64(BYPASS), _SMALL
+                    return int64(BYPASS), _SMALL
     while True:
         slot = _pop(state, capacity, _MAIN)
-        if state.uses[slot] == 0 and pins[slot] <= 0:
+        if state.marks[slot] == 0 and pins[slot] <= 0:
             return slot, _MAIN
-        if state.uses[slot] == 0:
+        if state.marks[slot] == 0:
             patience -= 1
         else:
-            state.uses[slot] -= np.uint8(1)
+            state.marks[slot] -= np.uint8(1)
         _rotate(state, capacity, _MAIN, slot)
         if patience < 0:
-            return np.int64(BYPASS), _MAIN
+            return int64(BYPASS), _MAIN
 
 
 @lean
 def _pop(state: State, capacity: int, queue: int) -> int:
     """Take the oldest slot out of a queue that has one."""
     anchor = capacity + queue
-    slot = np.int64(state.newer[anchor])
+    slot = int64(state.newer[anchor])
     following = state.newer[slot]
     state.newer[anchor] = following
     if following == anchor:
@@ -160,7 +160,7 @@ def _rotate(state: State, capacity: int, queue: int, slot: int) -> None:
 @lean
 def _push(state: State, capacity: int, queue: int, slot: int) -> None:
     """Put a slot at the newest end of a queue, without hits."""
-    state.uses[slot] = 0
+    state.marks[slot] = 0
     _rotate(state, capacity, queue, slot)
 
 
@@ -171,7 +171,7 @@ def _remember(state: State, key: int) -> None:
         return
     anchor = state.book[_MOST_GHOSTS]
     if state.book[_NUM_GHOSTS] == state.book[_MOST_GHOSTS]:
-        _forget(state, np.int64(state.ghost_links[anchor, NEWER]))
+        _forget(state, int64(state.ghost_links[anchor, NEWER]))
     push(state.ghost_links, anchor, keyset.add(state.ghosts, key))
     state.book[_NUM_GHOSTS] += 1
 
@@ -199,7 +199,7 @@ def check(state: State, keys: npt.NDArray[np.int64]) -> None:
         found += slots[1:]
     assert sorted(found) == list(range(used)), "the queues are not the slots handed out"
     assert (keys[used:] == EMPTY).all(), "a slot holds a key before it was handed out"
-    assert not state.uses.size or state.uses.max() <= _MOST_USES, "a counter is beyond its limit"
+    assert not state.marks.size or state.marks.max() <= _MOST_USES, "a counter is beyond its limit"
     ghosts = members(state.ghost_links, book[_MOST_GHOSTS])
     assert len(ghosts) == book[_NUM_GHOSTS] <= book[_MOST_GHOSTS], "the ghosts are miscounted"
     keyset.check(state.ghosts, ghosts)

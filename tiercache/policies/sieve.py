@@ -1,12 +1,12 @@
 """SIEVE: a FIFO queue whose hand forgives each entry that was visited since it last passed.
 
-Entries enter at the newest end and never move. A hit sets a byte. To evict, the hand walks from where it stopped towards
-the newest end, clears the marks it meets, and takes the first entry without one; past the newest it starts again at the
-oldest. New entries are therefore judged soon, and popular ones stay where they are. On a stream with a long tail the hand
-takes a whole pass of the cache to come round, and what was popular once stays for long.
+Entries enter at the newest end and never move. A hit sets a byte. To evict, the hand walks from where it stopped
+towards the newest end, clears the marks it meets, and takes the first entry without one; past the newest it starts
+again at the oldest. New entries are therefore judged soon, and popular ones stay where they are. On a stream with a
+long tail the hand takes a whole pass of the cache to come round, and what was popular once stays for long.
 
-Entries leave only at the hand, which knows the entry behind it, so one link a slot is enough. A pinned slot is passed over
-and keeps its mark.
+Entries leave only at the hand, which knows the entry behind it, so one link a slot is enough. A pinned slot is passed
+over and keeps its mark.
 
 Zhang et al., "SIEVE is Simpler than LRU: an Efficient Turn-Key Eviction Algorithm for Web Caches", NSDI 2024. Exactly
 libCacheSim's Sieve.
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.native import lean
-from tiercache.policies.base import BYPASS, EMPTY, MAX_PINNED_VICTIMS, Policy, bind
+from tiercache.policies.base import BYPASS, EMPTY, MAX_PINNED_VICTIMS, Policy, bind, int64
 
 _USED, _NEWEST, _BEHIND = 0, 1, 2
 
@@ -27,12 +27,12 @@ class State(NamedTuple):
     """A queue in one array.
 
     newer   int32[capacity + 1]  the slot that entered next; the last element is the anchor, and leads to the oldest
-    visited uint8[capacity]      1 where a hit came since the hand last passed
+    marks   uint8[capacity]      1 where a hit came since the hand last passed
     book    int64[3]             slots handed out so far; newest slot; slot behind the hand (or the anchor)
     """
 
     newer: npt.NDArray[np.int32]
-    visited: npt.NDArray[np.uint8]
+    marks: npt.NDArray[np.uint8]
     book: npt.NDArray[np.int64]
 
 
@@ -46,7 +46,7 @@ def init(capacity: int) -> State:
 @lean
 def on_hit(state: State, keys: Any, slot: int) -> None:
     """Mark the slot."""
-    state.visited[slot] = 1
+    state.marks[slot] = 1
 
 
 @lean
@@ -60,7 +60,7 @@ def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
         if slot < 0:
             return slot
     anchor = keys.size
-    state.visited[slot] = 0
+    state.marks[slot] = 0
     state.newer[slot] = anchor
     state.newer[state.book[_NEWEST]] = slot
     state.book[_NEWEST] = slot
@@ -71,19 +71,19 @@ def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
 def _evict(state: State, anchor: int, pins: Any) -> int:
     """Walk to the victim and take it out of the queue; BYPASS where too many are pinned."""
     behind = state.book[_BEHIND]
-    slot = np.int64(state.newer[behind])
+    slot = int64(state.newer[behind])
     patience = MAX_PINNED_VICTIMS
-    while slot == anchor or state.visited[slot] != 0 or pins[slot] > 0:
+    while slot == anchor or state.marks[slot] != 0 or pins[slot] > 0:
         if slot != anchor:
             if pins[slot] <= 0:
-                state.visited[slot] = 0
+                state.marks[slot] = 0
             elif patience == 0:
                 state.book[_BEHIND] = slot
-                return np.int64(BYPASS)
+                return int64(BYPASS)
             else:
                 patience -= 1
         behind = slot
-        slot = np.int64(state.newer[slot])
+        slot = int64(state.newer[slot])
     state.book[_BEHIND] = behind
     following = state.newer[slot]
     state.newer[behind] = following

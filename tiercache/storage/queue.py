@@ -11,7 +11,7 @@ AT is a linear address over all files (`file << 44 | offset`). `jobs` holds one 
 job that is due first; being due is `max(deadline, now + a fair time for its length)`, so a small job overtakes a big one
 unless that is nearly done, and nothing starves. A job's wanted bytes are taken first, out of the jobs that hold them.
 
-A piece's flag is an int16 count of the pieces that its slot still waits for. It falls by one with each that arrives; a
+A piece's flag is an int8 count of the pieces that its slot still waits for. It falls by one with each that arrives; a
 failure adds FAILED, so that the count stays exact and its sign tells. Completion is told under the mutex, by one condition
 variable. Everything here holds the mutex only for bookkeeping, never for a read or a copy, and needs no GIL.
 """
@@ -26,11 +26,11 @@ from tiercache.native import (
     broadcast,
     clock_ns,
     jit,
-    load16,
+    load8,
     load64,
     lock,
     memcpy,
-    store16,
+    store8,
     store64,
     table64,
     unlock,
@@ -56,7 +56,7 @@ SERIAL, DUE, READS, NUM_READS, CURSOR, LEFT, PIECES, WANTED, NUM_WANTED, RESULT 
 STOP, NEXT_SERIAL, WATCHERS, READS_DONE, BYTES_READ, ACTIVE, BROKEN = range(7)
 """Columns of `control`: end; last serial; threads that watch flags; reads and bytes completed; jobs; fatal errno."""
 
-FAILED = -16_384
+FAILED = -64
 """Added to a flag when one of its pieces could not be read."""
 
 ECANCELED, EUCLEAN, ENODATA = 125, 117, 61
@@ -223,10 +223,10 @@ def complete(queue: Any, line: int, read: int, errno: int, bad_page: int) -> Non
     for p in range(reads[read, FIRST_PIECE], end):
         flag = pieces[p, FLAG]
         if flag != 0:
-            left = load16(flag) - 1
+            left = load8(flag) - 1
             if errno != 0 and left >= 0:
                 left += FAILED
-            store16(flag, left)
+            store8(flag, left)
     if errno != 0:
         result = table64(job[RESULT], 1, 8)
         result[0, FAILED_READS] += 1
@@ -329,7 +329,7 @@ def wait_any(queue: Any) -> None:
 @jit
 def _arrived(flags: Any) -> bool:
     for i in range(flags.size):
-        left = load16(flags[i])
+        left = load8(flags[i])
         if left not in (0, FAILED):
             return False
     return True

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.errors import StorageError
-from tiercache.native import broadcast, jit, load16, lock, memcpy, store16, store64, unlock
+from tiercache.native import broadcast, jit, load8, lock, memcpy, store8, store64, unlock
 from tiercache.source import Source
 from tiercache.storage import queue as q
 from tiercache.storage.engine import Engine
@@ -189,7 +189,7 @@ def _land(queue: Any, records: Any, places: Any, targets: Any, result: Any, errn
         place = np.int64(places[i])
         if place >= 0:
             flag = targets.flags + place * targets.flag_stride
-            store16(flag, load16(flag) - 1 + (q.FAILED if errno != 0 else 0))
+            store8(flag, load8(flag) - 1 + (q.FAILED if errno != 0 else 0))
     result[q.ERRNO] = errno
     store64(result.ctypes.data, 1)
     broadcast(mutex + 128)

@@ -7,11 +7,10 @@ import mmap
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from tiercache.native import jit, memcpy, prefetch
+from tiercache.native import copy, lean, prefetch
 
-_AHEAD = 12
+_AHEAD = 16
 
 
 class HostBuffer:
@@ -25,7 +24,7 @@ class HostBuffer:
         self.slots = np.frombuffer(self._map, np.uint8, num_bytes).reshape(capacity, slot_bytes)
 
 
-@jit
+@lean
 def gather(where: Any, slots: int, slot_stride: int, staging: int, staging_stride: int, out: int, num_bytes: int) -> None:
     """Copy record i from its place where[i] (int32[n]) to out + i * num_bytes. Addresses and strides in bytes."""
     size = where.size
@@ -33,16 +32,9 @@ def gather(where: Any, slots: int, slot_stride: int, staging: int, staging_strid
         if i + _AHEAD < size:
             place = np.int64(where[i + _AHEAD])
             if place >= 0:
-                line = slots + place * slot_stride
-                for byte in range(0, num_bytes, 64):
-                    prefetch(line + byte)
+                begin = slots + place * slot_stride
+                for line in range(begin & ~63, begin + num_bytes, 64):
+                    prefetch(line)
         place = np.int64(where[i])
         source = slots + place * slot_stride if place >= 0 else staging + ~place * staging_stride
-        memcpy(out + i * num_bytes, source, num_bytes)
-
-
-def huge_empty(num_bytes: int) -> npt.NDArray[np.uint8]:
-    """uint8[num_bytes] in huge pages, untouched."""
-    block = mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    block.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(block, np.uint8, num_bytes)
+        copy(out + i * num_bytes, source, num_bytes)
