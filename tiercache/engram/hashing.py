@@ -81,7 +81,7 @@ class NgramHasher:
         ids = self._compress(ids)
         out = np.empty((ids.size, self.num_heads), np.int64)
         multipliers = np.array(self.multipliers, np.int64)
-        _hash(ids, lengths, np.int64(self.pad_id), multipliers, self.moduli, self.offsets, out)
+        _hash(ids, lengths, self.pad_id, multipliers, self.moduli, self.offsets, out)
         return out[before.size :]
 
     def _compress(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -1,0 +1,37 @@
+"""What holds for every test: whatever it built is checked when it ends."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tiercache.level import Level
+from tiercache.store import Store
+
+
+@pytest.fixture(autouse=True)
+def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], Any]]]:
+    """References to every Level and Store that the test made; each `check()` runs after it.
+
+    A store is referred to weakly, so that a test may let go of it; its level is checked all the same. A test that breaks
+    one on purpose clears the list.
+    """
+    references: list[Callable[[], Any]] = []
+
+    def register(kind: type, refer: Callable[[Any], Callable[[], Any]]) -> None:
+        original = kind.__init__
+
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            references.append(refer(self))
+
+        monkeypatch.setattr(kind, "__init__", init)
+
+    register(Level, lambda level: lambda: level)
+    register(Store, weakref.ref)
+    yield references
+    for reference in references:
+        thing = reference()
+        if thing is not None:
+            thing.check()
