@@ -1,11 +1,11 @@
-"""Each policy once more, in plain lists and dicts, written for reading: what the compiled ones must equal slot by slot."""
+"""Each policy once more, in plain lists and dicts, for reading: what the compiled ones must equal slot by slot."""
 
 from tiercache.policies import wtinylfu
 from tiercache.policies.base import BYPASS, EMPTY, MAX_PINNED_VICTIMS
 
 
 def oldest_unpinned(queue, pinned, patience):
-    """First of the queue without a pin, left in place; pinned ones met go to its end. (slot or BYPASS, patience left)."""
+    """First slot of it without a pin, left in place; pinned ones met go to its end. (Slot or BYPASS, patience left.)"""
     for _ in range(len(queue)):
         if patience < 0:
             break
@@ -218,7 +218,7 @@ class Arc(Model):
 class Wtinylfu(Model):
     """The lists; the sketch is the policy's own, which has a test for itself."""
 
-    def start(self, window=0.20, protected=0.80, period=10):
+    def start(self, window=0.50, protected=0.80, period=5):
         self.window, self.probation, self.protected = [], [], []
         self.window_share = int(self.capacity * window)
         self.protected_share = int((self.capacity - self.window_share) * protected)

@@ -1,9 +1,10 @@
 """ARC: two LRU lists, of keys used once and of keys used more often, whose sizes follow the ghosts of both.
 
-A new key enters the first list, a hit moves its slot to the newest end of the second. What leaves either list is remembered,
-as a key only, in that list's ghost. A miss that is found in the first ghost says that the first list is too short, one in
-the second ghost that it is too long: the target moves, by the other ghost's length over this one's but at least 1, and the key
-enters the second list. The first list and its ghost never exceed the capacity, all four lists never twice the capacity.
+A new key enters the first list, a hit moves its slot to the newest end of the second. What leaves either list is
+remembered, as a key only, in that list's ghost. A miss that is found in the first ghost says that the first list is too
+short, one in the second ghost that it is too long: the target moves, by the other ghost's length over this one's but at
+least 1, and the key enters the second list. The first list and its ghost never exceed the capacity, all four lists
+never twice the capacity.
 
 A pinned slot that comes up for eviction goes to the newest end of its list; a list that has nothing to give leaves the
 choice to the other one.
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from tiercache.native import lean
 from tiercache.policies import keyset
-from tiercache.policies.base import EMPTY, MAX_PINNED_VICTIMS, Policy, bind
+from tiercache.policies.base import EMPTY, MAX_PINNED_VICTIMS, Policy, bind, int64
 from tiercache.policies.keyset import ABSENT, KeySet
 from tiercache.policies.links import NEWER, members, new_rings, oldest_unpinned, push, renew, unlink
 
@@ -35,7 +36,7 @@ class State(NamedTuple):
     ghosts      KeySet                  keys remembered, at most `capacity`
     ghost_links int32[capacity + 2, 2]  rings of ghosts
     ghost_list  uint8[capacity]         list that each ghost left
-    book        int64[6]                size of either list, of either ghost; slots handed out; target size of list 0, << 32
+    book        int64[6]                size of either list, of either ghost; slots handed out; target of list 0, << 32
     """
 
     links: npt.NDArray[np.int32]
@@ -73,7 +74,7 @@ def on_hit(state: State, keys: Any, slot: int) -> None:
 def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """The slot that REPLACE of the paper gives up."""
     capacity = keys.size
-    slot = state.book[_USED]
+    slot = int64(state.book[_USED])
     if slot < capacity:
         state.book[_USED] += 1
         _enter(state, capacity, _ONCE, slot)
@@ -105,9 +106,9 @@ def _replace_for_new(state: State, keys: Any, pins: Any) -> int:
         _leave(state, keys, slot, False)
     else:
         if book[_SIZE + _ONCE] + book[_NUM_GHOSTS + _ONCE] == capacity:
-            _forget(state, np.int64(state.ghost_links[capacity + _ONCE, NEWER]))
+            _forget(state, int64(state.ghost_links[capacity + _ONCE, NEWER]))
         elif book[_NUM_GHOSTS + _ONCE] + book[_NUM_GHOSTS + _OFTEN] == capacity:
-            _forget(state, np.int64(state.ghost_links[capacity + _OFTEN, NEWER]))
+            _forget(state, int64(state.ghost_links[capacity + _OFTEN, NEWER]))
         _leave(state, keys, slot, True)
     _enter(state, capacity, _ONCE, slot)
     return slot
@@ -151,7 +152,7 @@ def _enter(state: State, capacity: int, which: int, slot: int) -> None:
 @lean
 def _leave(state: State, keys: Any, slot: int, remember: bool) -> None:
     """Take a slot out of its list, and make its key a ghost."""
-    which = np.int64(state.list_of[slot])
+    which = int64(state.list_of[slot])
     unlink(state.links, slot)
     state.book[_SIZE + which] -= 1
     if remember and keys[slot] != EMPTY:
@@ -166,7 +167,7 @@ def _forget(state: State, ghost: int) -> None:
     """Drop a ghost."""
     unlink(state.ghost_links, ghost)
     keyset.remove(state.ghosts, ghost)
-    state.book[_NUM_GHOSTS + np.int64(state.ghost_list[ghost])] -= 1
+    state.book[_NUM_GHOSTS + int64(state.ghost_list[ghost])] -= 1
 
 
 def check(state: State, keys: npt.NDArray[np.int64]) -> None:

@@ -1,7 +1,7 @@
 """What a policy is: a NamedTuple of arrays, and two compiled functions that read and write it.
 
-`on_hit(state, keys, slot)` says that the record in `slot` was used. `on_miss(state, keys, pins, key)` says that `key` was
-wanted and is absent, and returns the slot to overwrite, or BYPASS to keep it out of the tier. Both are told of each
+`on_hit(state, keys, slot)` says that the record in `slot` was used. `on_miss(state, keys, pins, key)` says that `key`
+was wanted and is absent, and returns the slot to overwrite, or BYPASS to keep it out of the tier. Both are told of each
 distinct key of a batch once. `keys` is int64[capacity], the key of each slot or EMPTY; `pins` is int16[capacity], and a
 slot with a pin is in use and must not be returned. Slots are handed out from 0 up, then reused.
 
@@ -10,9 +10,13 @@ every policy and can be cached on disk.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 from numba.extending import overload
+
+int64 = cast("Callable[[Any], int]", np.int64)
+"""`np.int64`, as an `int` to the type checker: what a compiled function computes slots and entries in."""
 
 BYPASS = -1
 """Answer of `on_miss`: do not keep this key."""
@@ -27,8 +31,9 @@ MAX_PINNED_VICTIMS = 64
 class Policy(NamedTuple):
     """A replacement policy by name.
 
-    `init(capacity, **parameters)` makes the state for `capacity` slots; `check(state, keys)` raises AssertionError where
-    the state contradicts itself.
+    `init(capacity, **parameters)` makes the state for `capacity` slots; `check(state, keys)` raises AssertionError
+    where the state contradicts itself. A field `marks`, uint8[capacity] of zeros, of a state may be replaced by another
+    array, strided, before the first call: so the level keeps that byte beside the slot's key.
     """
 
     name: str

@@ -1,11 +1,12 @@
 """Belady: the key whose next use is farthest away leaves first. Needs the future, so it is the bound, not a policy.
 
-The state is told all batches to come. Each distinct key of a batch is reported once, so the n-th report of a key is its n-th
-batch, and a cursor a key finds the next one. A heap over the slots has the farthest on top. Every miss is admitted, as a
-demand-filled tier must, even where the new key itself is the one used last.
+The state is told all batches to come. Each distinct key of a batch is reported once, so the n-th report of a key is its
+n-th batch, and a cursor a key finds the next one. A heap over the slots has the farthest on top. Every miss is
+admitted, as a demand-filled tier must, even where the new key itself is the one used last.
 
-A key that the future does not know, or knows no more of, counts as never used again. A pinned slot on top of the heap is
-set aside while the next one is looked at.
+A key that the future does not know, or knows no more of, counts as never used again. A pinned slot that comes to the
+top is set aside until the next batch, when the pins of this one are gone; there is no limit to how many, for without
+one the keys of a large batch that are never used again would hide every other victim.
 
 Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2), 1966.
 """
@@ -17,9 +18,8 @@ import numpy.typing as npt
 
 from tiercache.native import lean
 from tiercache.policies import keyset
-from tiercache.policies.base import BYPASS, EMPTY, MAX_PINNED_VICTIMS, Policy, bind
+from tiercache.policies.base import BYPASS, EMPTY, Policy, bind, int64
 from tiercache.policies.keyset import ABSENT, KeySet
-
 
 
 class State(NamedTuple):
@@ -29,12 +29,11 @@ class State(NamedTuple):
     uses   int64[u]         batches that use each row, row by row, ascending
     end    int64[r]         where the batches of each row end in `uses`
     cursor int64[r]         the next use of each row in `uses`
-    heap   int32[capacity]  slots; the one used farthest away first
+    heap   int32[capacity]  slots handed out: first the heap, the one used farthest away on top, then those set aside
     place  int32[capacity]  where each slot is in the heap
     due    int64[capacity]  batch of each slot's next use
     entry  int32[capacity]  row of each slot, as its number in `rows`
-    aside  int32[64]        scratch: pinned slots set aside during a search
-    book   int64[2]         slots in the heap; number of batches, which stands for never
+    book   int64[4]         slots in the heap; slots handed out; number of batches, which stands for never; batch now
     """
 
     rows: KeySet
@@ -45,11 +44,10 @@ class State(NamedTuple):
     place: npt.NDArray[np.int32]
     due: npt.NDArray[np.int64]
     entry: npt.NDArray[np.int32]
-    aside: npt.NDArray[np.int32]
     book: npt.NDArray[np.int64]
 
 
-_SIZE, _NEVER = 0, 1
+_SIZE, _USED, _NEVER, _NOW = 0, 1, 2, 3
 
 
 def init(capacity: int, *, future: tuple[npt.ArrayLike, npt.ArrayLike]) -> State:
@@ -77,8 +75,7 @@ def init(capacity: int, *, future: tuple[npt.ArrayLike, npt.ArrayLike]) -> State
         np.zeros(capacity, np.int32),
         np.zeros(capacity, np.int64),
         np.zeros(capacity, np.int32),
-        np.zeros(MAX_PINNED_VICTIMS, np.int32),
-        np.array([0, num_batches], np.int64),
+        np.array([0, 0, num_batches, 0], np.int64),
     )
 
 
@@ -92,8 +89,10 @@ def _add_all(entries: KeySet, rows: Any) -> None:
 @lean
 def on_hit(state: State, keys: Any, slot: int) -> None:
     """Put the slot where its next use belongs, which is nearer to the top."""
-    state.due[slot] = _next_use(state, np.int64(state.entry[slot]))
-    _rise(state, np.int64(state.place[slot]))
+    state.due[slot] = _next_use(state, int64(state.entry[slot]))
+    at = int64(state.place[slot])
+    if at < state.book[_SIZE]:
+        _rise(state, at)
 
 
 @lean
@@ -101,67 +100,66 @@ def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """The unpinned slot that is used again farthest away."""
     entry = keyset.find(state.rows, key)
     due = _next_use(state, entry)
-    slot = state.book[_SIZE]
-    if slot == keys.size:
-        slot = _pop_unpinned(state, pins)
+    slot = int64(state.book[_USED])
+    if slot < keys.size:
+        state.heap[slot] = slot
+        state.place[slot] = slot
+        state.book[_USED] += 1
+    else:
+        slot = int64(BYPASS)
+        while slot < 0 and state.book[_SIZE] > 0:
+            slot = _pop(state)
+            if pins[slot] > 0:
+                slot = int64(BYPASS)
         if slot < 0:
             return slot
     state.entry[slot] = entry
     state.due[slot] = due
-    _insert(state, slot)
+    _join(state, slot)
     return slot
 
 
 @lean
 def _next_use(state: State, entry: int) -> int:
-    """Go past the use that is reported now; batch of the one after it."""
-    if entry == ABSENT:
-        return state.book[_NEVER]
-    if state.cursor[entry] < state.end[entry]:
+    """Go past the use that is reported now; batch of the one after it. In a new batch nothing is aside any more."""
+    now = due = int64(state.book[_NEVER])
+    if entry != ABSENT and state.cursor[entry] < state.end[entry]:
+        now = int64(state.uses[state.cursor[entry]])
         state.cursor[entry] += 1
-    if state.cursor[entry] < state.end[entry]:
-        return state.uses[state.cursor[entry]]
-    return state.book[_NEVER]
+        if state.cursor[entry] < state.end[entry]:
+            due = int64(state.uses[state.cursor[entry]])
+    if now != state.book[_NOW] or now == state.book[_NEVER]:
+        state.book[_NOW] = now
+        while state.book[_SIZE] < state.book[_USED]:
+            _join(state, int64(state.heap[state.book[_SIZE]]))
+    return due
 
 
 @lean
-def _pop_unpinned(state: State, pins: Any) -> int:
-    """Take the topmost unpinned slot out of the heap, or BYPASS."""
-    slot = _pop(state)
-    if pins[slot] <= 0:
-        return slot
-    num_aside = 0
-    while slot >= 0 and pins[slot] > 0 and num_aside < state.aside.size:
-        state.aside[num_aside] = slot
-        num_aside += 1
-        slot = _pop(state) if state.book[_SIZE] > 0 else np.int64(BYPASS)
-    if slot >= 0 and pins[slot] > 0:
-        _insert(state, slot)
-        slot = np.int64(BYPASS)
-    for i in range(num_aside):
-        _insert(state, np.int64(state.aside[i]))
-    return slot
-
-
-@lean
-def _insert(state: State, slot: int) -> None:
-    """Add a slot to the heap."""
-    at = state.book[_SIZE]
+def _join(state: State, slot: int) -> None:
+    """Let a slot that is aside into the heap."""
+    size, at = state.book[_SIZE], state.place[slot]
+    other = state.heap[size]
+    state.heap[at] = other
+    state.place[other] = at
+    state.heap[size] = slot
+    state.place[slot] = size
     state.book[_SIZE] += 1
-    state.heap[at] = slot
-    state.place[slot] = at
-    _rise(state, at)
+    _rise(state, size)
 
 
 @lean
 def _pop(state: State) -> int:
-    """Take the top out of the heap."""
-    top = np.int64(state.heap[0])
+    """Set the top of the heap aside, as the first of those."""
+    top = int64(state.heap[0])
     state.book[_SIZE] -= 1
     size = state.book[_SIZE]
+    last = state.heap[size]
+    state.heap[size] = top
+    state.place[top] = size
     if size > 0:
-        state.heap[0] = state.heap[size]
-        state.place[state.heap[0]] = 0
+        state.heap[0] = last
+        state.place[last] = 0
         _sink(state, size)
     return top
 
@@ -205,14 +203,14 @@ def _sink(state: State, size: int) -> None:
 
 def check(state: State, keys: npt.NDArray[np.int64]) -> None:
     """The heap holds the slots handed out, in order, and each slot's row and next use are right."""
-    size = int(state.book[_SIZE])
+    size, used = int(state.book[_SIZE]), int(state.book[_USED])
+    assert sorted(state.heap[:used].tolist()) == list(range(used)), "the heap is not the slots handed out"
+    assert (state.place[state.heap[:used]] == np.arange(used)).all(), "a slot is elsewhere in the heap than it says"
     heap = state.heap[:size]
-    assert sorted(heap.tolist()) == list(range(size)), "the heap is not the slots handed out"
-    assert (state.place[heap] == np.arange(size)).all(), "a slot is elsewhere in the heap than it says"
     due = state.due[heap]
     assert (due[(np.arange(1, size) - 1) >> 1] >= due[1:]).all(), "a slot is due later than its parent"
-    assert (keys[size:] == EMPTY).all(), "a slot holds a key before it was handed out"
-    known = np.flatnonzero((keys[:size] != EMPTY) & (state.entry[:size] != ABSENT))
+    assert (keys[used:] == EMPTY).all(), "a slot holds a key before it was handed out"
+    known = np.flatnonzero((keys[:used] != EMPTY) & (state.entry[:used] != ABSENT))
     assert (state.rows.keys[state.entry[known]] == keys[known]).all(), "a slot's row is not its key"
     assert (state.cursor <= state.end).all(), "a cursor is past the end"
 

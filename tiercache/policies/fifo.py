@@ -1,7 +1,7 @@
 """FIFO: the key that entered first leaves first.
 
-Slots are filled in order, so their order is the order of entry and the whole state is one hand that goes round: the slot
-under it is the oldest. Hits change nothing. A pinned slot is passed over and stays for another round.
+Slots are filled in order, so their order is the order of entry and the whole state is one hand that goes round: the
+slot under it is the oldest. Hits change nothing. A pinned slot is passed over and stays for another round.
 
 The baseline that every other policy has to beat. Exactly libCacheSim's FIFO.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.native import lean
-from tiercache.policies.base import BYPASS, MAX_PINNED_VICTIMS, Policy, bind
+from tiercache.policies.base import BYPASS, MAX_PINNED_VICTIMS, Policy, bind, int64
 
 
 class State(NamedTuple):
@@ -34,7 +34,7 @@ def on_hit(state: State, keys: Any, slot: int) -> None:
 @lean
 def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """The oldest slot without a pin."""
-    slot = state.hand[0]
+    slot = int64(state.hand[0])
     for _ in range(MAX_PINNED_VICTIMS + 1):
         chosen = slot
         slot = slot + 1 if slot + 1 < keys.size else 0
@@ -42,7 +42,7 @@ def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
             state.hand[0] = slot
             return chosen
     state.hand[0] = slot
-    return np.int64(BYPASS)
+    return int64(BYPASS)
 
 
 def check(state: State, keys: npt.NDArray[np.int64]) -> None:

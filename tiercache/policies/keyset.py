@@ -1,15 +1,17 @@
 """A set of keys in arrays, each key with an entry number that stays its own until it is removed.
 
 Chained hashing: `heads` gives the first entry of a bucket, `chain` the next one. Entry numbers are handed out from 0 up
-and reused once free, so the caller can keep its own arrays beside them: the order of a ghost list, the slot of a hot row.
+and reused once free, so the caller can keep its own arrays beside them: the order of a ghost list, the slot of a hot
+row.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tiercache.native import lean
+from tiercache.policies.base import int64
 
 ABSENT = -1
 """Answer of `find` for a key that is not in the set, and the end of a chain."""
@@ -19,7 +21,13 @@ _LOW = 0xFFFFFFFF
 
 
 class KeySet(NamedTuple):
-    """keys int64[n], chain int32[n], heads int32[n] (entry + 1, 0 where empty), book int64[2]: entries used, free list."""
+    """Keys by entry number.
+
+    keys  int64[n]  key of each entry
+    chain int32[n]  next entry of the same bucket, or of the free list; -1 at the end
+    heads int32[n]  first entry of each bucket + 1
+    book  int64[2]  entries handed out so far; first free entry, or -1
+    """
 
     keys: npt.NDArray[np.int64]
     chain: npt.NDArray[np.int32]
@@ -50,20 +58,20 @@ def mix(key: int) -> int:
 def find(entries: KeySet, key: int) -> int:
     """Entry number of a key, or ABSENT."""
     bucket = (mix(key) * entries.heads.size) >> 32
-    entry = np.int64(entries.heads[bucket]) - 1
+    entry = int64(entries.heads[bucket]) - 1
     while entry != ABSENT and entries.keys[entry] != key:
-        entry = np.int64(entries.chain[entry])
+        entry = int64(entries.chain[entry])
     return entry
 
 
 @lean
 def add(entries: KeySet, key: int) -> int:
     """Add a key that is absent, where there is room; its entry number."""
-    entry = entries.book[_FREE]
+    entry = int64(entries.book[_FREE])
     if entry != ABSENT:
         entries.book[_FREE] = entries.chain[entry]
     else:
-        entry = entries.book[_USED]
+        entry = int64(entries.book[_USED])
         entries.book[_USED] += 1
     bucket = (mix(key) * entries.heads.size) >> 32
     entries.keys[entry] = key
@@ -76,12 +84,12 @@ def add(entries: KeySet, key: int) -> int:
 def remove(entries: KeySet, entry: int) -> None:
     """Remove a key by its entry number."""
     bucket = (mix(entries.keys[entry]) * entries.heads.size) >> 32
-    at = np.int64(entries.heads[bucket]) - 1
+    at = int64(entries.heads[bucket]) - 1
     if at == entry:
         entries.heads[bucket] = entries.chain[entry] + 1
     else:
         while entries.chain[at] != entry:
-            at = np.int64(entries.chain[at])
+            at = int64(entries.chain[at])
         entries.chain[at] = entries.chain[entry]
     entries.chain[entry] = entries.book[_FREE]
     entries.book[_FREE] = entry
@@ -91,7 +99,7 @@ def check(entries: KeySet, present: list[int]) -> None:
     """AssertionError unless exactly these entry numbers hold keys, each found by its key."""
     assert len(set(present)) == len(present), "an entry is present twice"
     for entry in present:
-        assert find(entries, np.int64(entries.keys[entry])) == entry, f"entry {entry} is not found by its key"
+        assert find(entries, int64(entries.keys[entry])) == entry, f"entry {entry} is not found by its key"
     free = []
     entry = int(entries.book[_FREE])
     while entry != ABSENT:

@@ -1,7 +1,7 @@
 """Rings: ordered sets of slots, linked both ways through one array, so that any member can be taken out at once.
 
-`links` is int32[num_slots + num_rings, 2]. Ring `r` begins and ends at the anchor `num_slots + r`; from there NEWER leads
-to its oldest member and OLDER to its newest. Both links of a slot lie in one cache line.
+`links` is int32[num_slots + num_rings, 2]. Ring `r` begins and ends at the anchor `num_slots + r`; from there NEWER
+leads to its oldest member and OLDER to its newest. Both links of a slot lie in one cache line.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.native import lean
-from tiercache.policies.base import BYPASS
+from tiercache.policies.base import BYPASS, int64
 
 OLDER, NEWER = 0, 1
 """Columns of `links`."""
@@ -56,17 +56,17 @@ def oldest_unpinned(links: Any, anchor: int, pins: Any, patience: int) -> tuple[
     A pinned member that is met goes to the newest end and costs one of `patience`. The search ends when that is used up
     or the ring has been round once.
     """
-    slot = np.int64(links[anchor, NEWER])
+    slot = int64(links[anchor, NEWER])
     first = slot
     while slot != anchor and patience >= 0:
         if pins[slot] <= 0:
             return slot, patience
         patience -= 1
         renew(links, anchor, slot)
-        slot = np.int64(links[anchor, NEWER])
+        slot = int64(links[anchor, NEWER])
         if slot == first:
             break
-    return np.int64(BYPASS), patience
+    return int64(BYPASS), patience
 
 
 def members(links: npt.NDArray[np.int32], anchor: int) -> list[int]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.native import lean
-from tiercache.policies.base import EMPTY, MAX_PINNED_VICTIMS, Policy, bind
+from tiercache.policies.base import EMPTY, MAX_PINNED_VICTIMS, Policy, bind, int64
 from tiercache.policies.links import members, new_rings, oldest_unpinned, push, renew
 
 
@@ -37,7 +37,7 @@ def on_hit(state: State, keys: Any, slot: int) -> None:
 @lean
 def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """The slot used longest ago that has no pin."""
-    slot = state.used[0]
+    slot = int64(state.used[0])
     if slot < keys.size:
         state.used[0] += 1
         push(state.links, keys.size, slot)

@@ -1,15 +1,15 @@
-"""S3-FIFO: a small FIFO queue on trial, a main FIFO queue with second chances, and a ghost queue of what failed the trial.
+"""S3-FIFO: a small queue on trial, a main queue with second chances, and a ghost queue of what failed the trial.
 
-A new key enters the small queue. At its end, a key that was hit `threshold` times moves to the main queue; the others leave
-and are remembered, as keys only, in the ghost. A miss whose key is in the ghost enters the main queue at once. At the end
-of the main queue, a key with hits left goes round again with one less. Small loses one unless it is empty or main is over
-its share. So what is seen once passes through quickly, and what returns after some time is found again by the ghost: both
-recency and frequency, and hits cost one saturating counter.
+A new key enters the small queue. At its end, a key that was hit `threshold` times moves to the main queue; the others
+leave and are remembered, as keys only, in the ghost. A miss whose key is in the ghost enters the main queue at once. At
+the end of the main queue, a key with hits left goes round again with one less. Small loses one unless it is empty or
+main is over its share. So what is seen once passes through quickly, and what returns after some time is found again by
+the ghost: both recency and frequency, and hits cost one saturating counter.
 
 While the tier fills for the first time, the small queue takes only its share and the rest goes to main.
 
-A pinned slot that comes up for eviction goes to the back of its queue. A key that is kept out because everything in reach
-is pinned is remembered in the ghost, as though it had passed through the small queue.
+A pinned slot that comes up for eviction goes to the back of its queue. A key that is kept out because everything in
+reach is pinned is remembered in the ghost, as though it had passed through the small queue.
 
 Yang et al., "FIFO Queues are All You Need for Cache Eviction", SOSP 2023. With `small=0.10, ghost=0.90, threshold=2`
 exactly libCacheSim's S3FIFO from 20 slots on (below, its small queue is of one slot or none and admits nothing).
@@ -39,7 +39,8 @@ class State(NamedTuple):
     marks       uint8[capacity]      hits since it entered its queue or last went round, at most 3
     ghosts      KeySet               keys remembered
     ghost_links int32[ghosts + 1, 2] their order
-    book        int64[10]            size, newest slot and share of either queue; slots handed out; ghosts; most ghosts; threshold
+    book        int64[10]            size, newest slot, share of either queue; slots handed out; ghosts; most ghosts;
+                                     threshold
     """
 
     newer: npt.NDArray[np.int32]
@@ -86,7 +87,7 @@ def on_hit(state: State, keys: Any, slot: int) -> None:
 def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """A slot from the end of one of the queues."""
     book = state.book
-    slot = book[_USED]
+    slot = int64(book[_USED])
     if slot < keys.size:
         book[_USED] += 1
         _push(state, keys.size, _SMALL if book[_SIZE + _SMALL] < book[_SHARE + _SMALL] else _MAIN, slot)

@@ -52,7 +52,7 @@ def on_hit(state: State, keys: Any, slot: int) -> None:
 @lean
 def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """The first slot from the hand on that has neither mark nor pin."""
-    slot = state.book[_USED]
+    slot = int64(state.book[_USED])
     if slot < keys.size:
         state.book[_USED] += 1
     else:

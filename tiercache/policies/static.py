@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tiercache.native import lean
 from tiercache.policies import keyset
-from tiercache.policies.base import BYPASS, EMPTY, Policy, bind
+from tiercache.policies.base import BYPASS, EMPTY, Policy, bind, int64
 from tiercache.policies.keyset import ABSENT, KeySet
 
 
@@ -58,14 +58,14 @@ def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """The slot of a hot row."""
     entry = keyset.find(state.hot, key)
     if entry == ABSENT:
-        return np.int64(BYPASS)
-    slot = np.int64(state.slot_of[entry])
+        return int64(BYPASS)
+    slot = int64(state.slot_of[entry])
     if slot < 0:
         slot = state.used[0]
         state.used[0] += 1
         state.slot_of[entry] = slot
     elif pins[slot] > 0:
-        slot = np.int64(BYPASS)
+        slot = int64(BYPASS)
     return slot
 
 

@@ -1,26 +1,28 @@
 """W-TinyLFU: a window for the recent, a main part for the frequent, and a sketch that says who is frequent.
 
 A new key enters the window, an LRU list. What falls out of it stands against the key that the main part would give up
-next, and stays only if the sketch has seen it more often. The main part is a segmented LRU: keys enter on probation, a hit
-moves them to the protected segment, whose oldest go back on probation when it is over its share.
+next, and stays only if the sketch has seen it more often. The main part is a segmented LRU: keys enter on probation, a
+hit moves them to the protected segment, whose oldest go back on probation when it is over its share.
 
-The sketch is a count-min sketch of 4-bit counters, four for a key, all in one cache line; sixteen counters a slot. Every
-access counts. Counters age without a pause: a hand goes over the sketch and halves one line of it after so many accesses
-that each counter is halved once in `period * capacity` of them.
+The sketch is a count-min sketch of 4-bit counters, four for a key, all in one cache line; sixteen counters a slot.
+Every access counts. Counters age without a pause: a hand goes over the sketch and halves one line of it after so many
+accesses that each counter is halved once in `period * capacity` of them.
 
-A pinned slot that comes up for eviction goes to the newest end of its list. If the window has nothing to give, the new key
-itself stands against the main part's victim, and is kept out if it loses.
+A pinned slot that comes up for eviction goes to the newest end of its list. If the window has nothing to give, the new
+key itself stands against the main part's victim, and is kept out if it loses.
 
-Einziger, Friedman, Manes, "TinyLFU: A Highly Efficient Cache Admission Policy", ACM Transactions on Storage 13(4), 2017.
+Einziger, Friedman, Manes, "TinyLFU: A Highly Efficient Cache Admission Policy", ACM Transactions on Storage 13(4),
+2017.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tiercache.native import lean
-from tiercache.policies.base import BYPASS, EMPTY, MAX_PINNED_VICTIMS, Policy, bind
+from tiercache.policies.base import BYPASS, EMPTY, MAX_PINNED_VICTIMS, Policy, bind, int64
 from tiercache.policies.keyset import mix
 from tiercache.policies.links import NEWER, members, new_rings, oldest_unpinned, push, renew, unlink
 
@@ -36,8 +38,8 @@ class State(NamedTuple):
     links   int32[capacity + 3, 2]  rings of slots: window, probation, protected
     list_of uint8[capacity]         list of each slot
     sketch  uint8[lines, 64]        two counters a byte; in each line four groups of 32 counters
-    book    int64[8]                slots handed out; size of window and of protected, and what they may be; line that is
-                                    halved next, accesses until then, and from one to the next
+    book    int64[8]                slots handed out; size of window and of protected; what either may be; line that
+                                    is halved next, accesses until then, and from one to the next
     """
 
     links: npt.NDArray[np.int32]
@@ -46,7 +48,7 @@ class State(NamedTuple):
     book: npt.NDArray[np.int64]
 
 
-def init(capacity: int, *, window: float = 0.20, protected: float = 0.80, period: int = 10) -> State:
+def init(capacity: int, *, window: float = 0.50, protected: float = 0.80, period: int = 5) -> State:
     """State of `capacity` slots, 17 bytes a slot.
 
     window     share of the slots in the window, 0 to 1
@@ -87,11 +89,11 @@ def on_hit(state: State, keys: Any, slot: int) -> None:
         unlink(state.links, slot)
         _enter(state, keys.size, _PROTECTED, slot)
         if state.book[_PROTECTED_SIZE] > state.book[_PROTECTED_SHARE]:
-            demoted = np.int64(state.links[keys.size + _PROTECTED, NEWER])
+            demoted = int64(state.links[keys.size + _PROTECTED, NEWER])
             _leave(state, demoted)
             _enter(state, keys.size, _PROBATION, demoted)
     else:
-        renew(state.links, keys.size + np.int64(which), slot)
+        renew(state.links, keys.size + int64(which), slot)
 
 
 @lean
@@ -99,12 +101,12 @@ def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """The slot of the less frequent of the window's oldest and the main part's next."""
     capacity = keys.size
     count(state, key)
-    slot = state.book[_USED]
+    slot = int64(state.book[_USED])
     if slot < capacity:
         state.book[_USED] += 1
         _enter(state, capacity, _WINDOW, slot)
         if state.book[_WINDOW_SIZE] > state.book[_WINDOW_SHARE]:
-            _admit(state, capacity, np.int64(state.links[capacity + _WINDOW, NEWER]))
+            _admit(state, capacity, int64(state.links[capacity + _WINDOW, NEWER]))
         return slot
     candidate, patience = oldest_unpinned(state.links, capacity + _WINDOW, pins, MAX_PINNED_VICTIMS // 2)
     victim, patience = oldest_unpinned(state.links, capacity + _PROBATION, pins, patience + MAX_PINNED_VICTIMS // 2)
@@ -129,7 +131,7 @@ def _contest(state: State, keys: Any, victim: int, key: int) -> int:
         _leave(state, victim)
         _enter(state, keys.size, _PROBATION, victim)
         return victim
-    return np.int64(BYPASS)
+    return int64(BYPASS)
 
 
 @lean
@@ -164,7 +166,7 @@ def count(state: State, key: int) -> None:
     bits = mix(key + 1)
     for group in range(0, 64, 16):
         byte = group + (bits & 15)
-        pair = np.int64(state.sketch[line, byte])
+        pair = int64(state.sketch[line, byte])
         shift = (bits & 16) >> 2
         if (pair >> shift) & 15 < 15:
             state.sketch[line, byte] = pair + (1 << shift)
@@ -178,13 +180,13 @@ def count(state: State, key: int) -> None:
 def estimate(state: State, key: int) -> int:
     """How often a key was counted lately, at most 15; 0 for EMPTY."""
     if key < 0:
-        return np.int64(0)
+        return int64(0)
     bits = mix(key)
     line = (bits * state.sketch.shape[0]) >> 32
     bits = mix(key + 1)
-    fewest = np.int64(15)
+    fewest = int64(15)
     for group in range(0, 64, 16):
-        pair = np.int64(state.sketch[line, group + (bits & 15)])
+        pair = int64(state.sketch[line, group + (bits & 15)])
         fewest = min(fewest, (pair >> ((bits & 16) >> 2)) & 15)
         bits >>= 5
     return fewest
@@ -195,7 +197,7 @@ def _age(state: State) -> None:
     """Halve the line under the hand."""
     hand = state.book[_HAND]
     for byte in range(64):
-        state.sketch[hand, byte] = (np.int64(state.sketch[hand, byte]) >> 1) & 0x77
+        state.sketch[hand, byte] = (int64(state.sketch[hand, byte]) >> 1) & 0x77
     state.book[_HAND] = hand + 1 if hand + 1 < state.sketch.shape[0] else 0
     state.book[_CREDIT] = state.book[_INTERVAL]
 
@@ -206,9 +208,9 @@ def check(state: State, keys: npt.NDArray[np.int64]) -> None:
     lists = [members(state.links, keys.size + which) for which in (_WINDOW, _PROBATION, _PROTECTED)]
     for which, slots in enumerate(lists):
         assert (state.list_of[slots] == which).all(), f"a slot of list {which} names another"
-    assert sorted(sum(lists, [])) == list(range(book[_USED])), "the lists are not the slots handed out"
+    assert sorted(itertools.chain(*lists)) == list(range(book[_USED])), "the lists are not the slots handed out"
     assert len(lists[_WINDOW]) == book[_WINDOW_SIZE] <= book[_WINDOW_SHARE], "the window is miscounted or too long"
-    assert len(lists[_PROTECTED]) == book[_PROTECTED_SIZE] <= book[_PROTECTED_SHARE], "protected is miscounted or too long"
+    assert len(lists[_PROTECTED]) == book[_PROTECTED_SIZE] <= book[_PROTECTED_SHARE], "protected is miscounted"
     assert (keys[book[_USED] :] == EMPTY).all(), "a slot holds a key before it was handed out"
     assert 0 <= book[_HAND] < state.sketch.shape[0], "the hand is outside the sketch"
     assert 0 < book[_CREDIT] <= book[_INTERVAL], "the next halving is out of range"
