@@ -5,9 +5,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tiercache.level import Level
 from tiercache.store import Store
+
+# The first example of a test may compile for seconds; pytest's own timeout ends what hangs.
+settings.register_profile("tiercache", deadline=None)
+settings.load_profile("tiercache")
 
 
 @pytest.fixture(autouse=True)

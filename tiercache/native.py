@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, config, njit, types
+from numba import config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
@@ -242,25 +242,6 @@ def _load64_twin(address):  # type: ignore[no-untyped-def]
 @overload(store64)
 def _store64_twin(address, value):  # type: ignore[no-untyped-def]
     return lambda address, value: _store64(address, value)
-
-
-@intrinsic
-def _pointer(context, address):  # type: ignore[no-untyped-def]
-    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), emit
-
-
-def table64(address: int, num_rows: int, num_columns: int) -> Any:
-    """int64[num_rows, num_columns] over memory that somebody else keeps alive."""
-    kind = ctypes.c_int64 * (int(num_rows) * int(num_columns))
-    return np.frombuffer(kind.from_address(int(address)), np.int64).reshape(int(num_rows), int(num_columns))
-
-
-@overload(table64)
-def _table64(address, num_rows, num_columns):  # type: ignore[no-untyped-def]
-    return lambda address, num_rows, num_columns: carray(_pointer(address), (num_rows, num_columns), np.int64)
 
 
 def syscall(number: int, a: int, b: int, c: int, d: int, e: int, f: int) -> int:

@@ -4,6 +4,7 @@ All functions take `rows` int64[T, heads], the rows of each token, and only deci
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -53,8 +54,8 @@ def serving(
     written one by one, and again. In one step each document advances by one chunk, a batch of its own, or by one token,
     in a batch with the others that write. A finished document makes room for the next.
     """
-    ends = np.cumsum(np.asarray(documents, np.int64)).tolist()
-    waiting = [_spans(start, end, prompt, answer, chunk) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    edges = np.append(0, np.cumsum(np.asarray(documents, np.int64))).tolist()
+    waiting = [_spans(start, end, prompt, answer, chunk) for start, end in pairwise(edges)]
     waiting.reverse()
     active: list[Iterator[tuple[int, int]]] = []
     batches: list[npt.NDArray[np.int64]] = []

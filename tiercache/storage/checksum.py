@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from tiercache.native import jit, load64, store64
+from tiercache.native import lean, load64, store64
 
 PAGE_BYTES = 4096
 """Page of the checksums in packed tables."""
@@ -97,17 +97,17 @@ def _word_twin(address, num_bytes):  # type: ignore[no-untyped-def]
     return lambda address, num_bytes: load(address)
 
 
-@jit
+@lean
 def _round(lane: int, word: int) -> int:
     return _multiply(_rotate(_add(lane, _multiply(word, _P2)), 31), _P1)
 
 
-@jit
+@lean
 def _merge(digest: int, lane: int) -> int:
     return _add(_multiply(digest ^ _round(0, lane), _P1), _P4)
 
 
-@jit
+@lean
 def _stripes(address: int, end: int) -> int:
     """Digest of the whole 32-byte stripes before `end`, four independent lanes at a time."""
     a, b, c, d = _add(_P1, _P2), _add(_P2, 0), _add(0, 0), _add(_MASK - _P1, 1)
@@ -121,7 +121,7 @@ def _stripes(address: int, end: int) -> int:
     return _merge(_merge(_merge(_merge(digest, a), b), c), d)
 
 
-@jit
+@lean
 def _rest(digest: int, address: int, end: int) -> int:
     """Take in the last 0 to 31 bytes."""
     while address + 8 <= end:
@@ -136,7 +136,7 @@ def _rest(digest: int, address: int, end: int) -> int:
     return digest
 
 
-@jit
+@lean
 def xxh64(address: int, num_bytes: int) -> int:
     """XXH64 of the memory at an address, as int64 bits."""
     digest = _stripes(address, address + num_bytes) if num_bytes >= 32 else _add(_P5, 0)
@@ -146,7 +146,7 @@ def xxh64(address: int, num_bytes: int) -> int:
     return _signed(_fold(digest, 32))
 
 
-@jit
+@lean
 def checksum_pages(address: int, num_bytes: int, page_bytes: int, out: int) -> None:
     """Checksums of the pages of memory at an address (the last may be short), int64[num_pages], to address `out`."""
     for start in range(0, num_bytes, page_bytes):
@@ -154,7 +154,7 @@ def checksum_pages(address: int, num_bytes: int, page_bytes: int, out: int) -> N
         out += 8
 
 
-@jit
+@lean
 def verify_pages(address: int, num_bytes: int, page_bytes: int, expected: int) -> int:
     """First page whose checksum is not that of int64[num_pages] at address `expected`; -1 if all are."""
     for start in range(0, num_bytes, page_bytes):

@@ -26,13 +26,13 @@ from tiercache.native import (
     broadcast,
     clock_ns,
     jit,
+    lean,
     load8,
     load64,
     lock,
     memcpy,
     store8,
     store64,
-    table64,
     unlock,
     wait,
 )
@@ -59,7 +59,7 @@ STOP, NEXT_SERIAL, WATCHERS, READS_DONE, BYTES_READ, ACTIVE, BROKEN = range(7)
 FAILED = -64
 """Added to a flag when one of its pieces could not be read."""
 
-ECANCELED, EUCLEAN, ENODATA = 125, 117, 61
+EIO, ECANCELED, EUCLEAN, ENODATA = 5, 125, 117, 61
 FAIR_NS = 12_000
 """Time that a fair share grants one read, in ns."""
 
@@ -82,19 +82,38 @@ def new_queue() -> Queue:
     )
 
 
-@jit
+@lean
 def _mutex(queue: Any) -> int:
     return queue.sync.ctypes.data
 
 
-@jit
+@lean
 def _work(queue: Any) -> int:
     return queue.sync.ctypes.data + 64
 
 
-@jit
+@lean
 def _done(queue: Any) -> int:
     return queue.sync.ctypes.data + 128
+
+
+@lean
+def read_at(queue: Any, line: int, read: int) -> int:
+    """Address of a read of the job at a line."""
+    return queue.jobs[line, READS] + 8 * READ_COLUMNS * read
+
+
+@lean
+def get(entry: int, column: int) -> int:
+    """A column of the read or piece at an address."""
+    return load64(entry + 8 * column)
+
+
+@lean
+def _pieces(queue: Any, line: int, entry: int) -> tuple[int, int]:
+    """(address of the first piece of the read at an address, address behind its last)."""
+    first = queue.jobs[line, PIECES] + 8 * PIECE_COLUMNS * get(entry, FIRST_PIECE)
+    return first, first + 8 * PIECE_COLUMNS * get(entry, NUM_PIECES)
 
 
 @jit
@@ -127,7 +146,7 @@ def submit(queue: Any, reads: Any, pieces: Any, wanted: Any, result: Any, deadli
     return serial
 
 
-@jit
+@lean
 def _end(queue: Any, line: int) -> None:
     """A job has no reads left."""
     store64(queue.jobs[line, RESULT] + 8 * DONE, 1)
@@ -136,7 +155,7 @@ def _end(queue: Any, line: int) -> None:
     broadcast(_done(queue))
 
 
-@jit
+@lean
 def _find_line(queue: Any, serial: int) -> int:
     for line in range(MAX_JOBS):
         if queue.jobs[line, SERIAL] == serial:
@@ -144,47 +163,48 @@ def _find_line(queue: Any, serial: int) -> int:
     return -1
 
 
-@jit
+@lean
 def _most_urgent(queue: Any) -> int:
     """The line of the job that is due first and has something to take, or -1."""
-    best = -1
-    if queue.control[ACTIVE] == 0:
-        return best
-    for line in range(MAX_JOBS):
+    best, line, left = np.int64(-1), np.int64(0), queue.control[ACTIVE]
+    while left > 0:
         job = queue.jobs[line]
-        if job[SERIAL] != 0 and (job[CURSOR] < job[NUM_READS] or job[NUM_WANTED] > 0):
-            if best < 0 or job[DUE] < queue.jobs[best, DUE]:
-                best = line
+        if job[SERIAL] != 0:
+            left -= 1
+            if job[CURSOR] < job[NUM_READS] or job[NUM_WANTED] > 0:
+                if best < 0 or job[DUE] < queue.jobs[best, DUE]:
+                    best = line
+        line += 1
     return best
 
 
-@jit
+@lean
 def _holder(queue: Any, at: int, asking: int) -> tuple[int, int]:
     """(line, read) of another job's read that is to bring the byte at `at` and is not yet taken, or (-1, -1)."""
     for line in range(MAX_JOBS):
         job = queue.jobs[line]
         if line == asking or job[SERIAL] == 0 or job[CURSOR] >= job[NUM_READS]:
             continue
-        reads = table64(job[READS], job[NUM_READS], READ_COLUMNS)
-        low, high = 0, job[NUM_READS]
+        low, high = np.int64(0), job[NUM_READS]
         while low < high:
             middle = (low + high) // 2
-            if reads[middle, AT] <= at:
+            if get(read_at(queue, line, middle), AT) <= at:
                 low = middle + 1
             else:
                 high = middle
-        if low > 0 and reads[low - 1, TAKEN] == 0 and at < reads[low - 1, AT] + reads[low - 1, LENGTH]:
-            return line, low - 1
-    return -1, -1
+        entry = read_at(queue, line, low - 1)
+        if low > 0 and get(entry, TAKEN) == 0 and at < get(entry, AT) + get(entry, LENGTH):
+            return np.int64(line), low - 1
+    return np.int64(-1), np.int64(-1)
 
 
-@jit
+@lean
 def take(queue: Any) -> tuple[int, int]:
     """(line, read) of the next read to issue, now taken, or (-1, -1). Holds the mutex."""
     while True:
         line = _most_urgent(queue)
         if line < 0:
-            return -1, -1
+            return np.int64(-1), np.int64(-1)
         job = queue.jobs[line]
         if job[NUM_WANTED] > 0:
             job[NUM_WANTED] -= 1
@@ -197,45 +217,46 @@ def take(queue: Any) -> tuple[int, int]:
         else:
             read = job[CURSOR]
             job[CURSOR] += 1
-        reads = table64(queue.jobs[line, READS], queue.jobs[line, NUM_READS], READ_COLUMNS)
-        if reads[read, TAKEN] == 0:
-            reads[read, TAKEN] = 1
-            return line, read
+        entry = read_at(queue, line, read)
+        if get(entry, TAKEN) == 0:
+            store64(entry + 8 * TAKEN, 1)
+            return np.int64(line), np.int64(read)
 
 
-@jit
+@lean
 def deliver(queue: Any, line: int, read: int, buffer: int) -> None:
     """Copy a read's bytes where its pieces belong. Without the mutex: nobody else touches a taken read."""
-    reads = table64(queue.jobs[line, READS], queue.jobs[line, NUM_READS], READ_COLUMNS)
-    end = reads[read, FIRST_PIECE] + reads[read, NUM_PIECES]
-    pieces = table64(queue.jobs[line, PIECES], end, PIECE_COLUMNS)
-    for p in range(reads[read, FIRST_PIECE], end):
-        memcpy(pieces[p, TARGET], buffer + pieces[p, SKIP], pieces[p, NUM_BYTES])
+    piece, end = _pieces(queue, line, read_at(queue, line, read))
+    while piece < end:
+        memcpy(get(piece, TARGET), buffer + get(piece, SKIP), get(piece, NUM_BYTES))
+        piece += 8 * PIECE_COLUMNS
 
 
-@jit
+@lean
 def complete(queue: Any, line: int, read: int, errno: int, bad_page: int) -> None:
     """Tell that a read is done, or failed with an errno. Holds the mutex."""
     job = queue.jobs[line]
-    reads = table64(job[READS], job[NUM_READS], READ_COLUMNS)
-    end = reads[read, FIRST_PIECE] + reads[read, NUM_PIECES]
-    pieces = table64(job[PIECES], end, PIECE_COLUMNS)
-    for p in range(reads[read, FIRST_PIECE], end):
-        flag = pieces[p, FLAG]
+    entry = read_at(queue, line, read)
+    piece, end = _pieces(queue, line, entry)
+    while piece < end:
+        flag = get(piece, FLAG)
         if flag != 0:
             left = load8(flag) - 1
             if errno != 0 and left >= 0:
                 left += FAILED
             store8(flag, left)
+        piece += 8 * PIECE_COLUMNS
     if errno != 0:
-        result = table64(job[RESULT], 1, 8)
-        result[0, FAILED_READS] += 1
-        if result[0, ERRNO] == 0:
-            result[0, ERRNO], result[0, BAD_PAGE] = errno, bad_page
-            result[0, FAILED_AT], result[0, FAILED_LENGTH] = reads[read, AT], reads[read, LENGTH]
+        result = job[RESULT]
+        store64(result + 8 * FAILED_READS, get(result, FAILED_READS) + 1)
+        if get(result, ERRNO) == 0:
+            store64(result + 8 * ERRNO, errno)
+            store64(result + 8 * BAD_PAGE, bad_page)
+            store64(result + 8 * FAILED_AT, get(entry, AT))
+            store64(result + 8 * FAILED_LENGTH, get(entry, LENGTH))
     else:
         queue.control[READS_DONE] += 1
-        queue.control[BYTES_READ] += reads[read, LENGTH]
+        queue.control[BYTES_READ] += get(entry, LENGTH)
     job[LEFT] -= 1
     if job[LEFT] == 0 and job[NUM_WANTED] == 0:
         _end(queue, line)
@@ -243,14 +264,14 @@ def complete(queue: Any, line: int, read: int, errno: int, bad_page: int) -> Non
         broadcast(_done(queue))
 
 
-@jit
+@lean
 def finish(queue: Any, line: int, read: int, buffer: int, errno: int) -> None:
     """A taken read has landed in `buffer`, or failed with an errno: check it, copy it out, tell. Without the mutex."""
     bad_page = np.int64(-1)
     if errno == 0:
-        reads = table64(queue.jobs[line, READS], queue.jobs[line, NUM_READS], READ_COLUMNS)
-        if reads[read, SUMS] != 0:
-            bad_page = np.int64(verify_pages(buffer, reads[read, NEEDED], PAGE_BYTES, reads[read, SUMS]))
+        entry = read_at(queue, line, read)
+        if get(entry, SUMS) != 0:
+            bad_page = np.int64(verify_pages(buffer, get(entry, NEEDED), PAGE_BYTES, get(entry, SUMS)))
         if bad_page >= 0:
             errno = EUCLEAN
         else:
@@ -260,7 +281,7 @@ def finish(queue: Any, line: int, read: int, buffer: int, errno: int) -> None:
     unlock(_mutex(queue))
 
 
-@jit
+@lean
 def _cancel_line(queue: Any, line: int, errno: int) -> None:
     job = queue.jobs[line]
     serial, num_reads = job[SERIAL], job[NUM_READS]
@@ -269,14 +290,13 @@ def _cancel_line(queue: Any, line: int, errno: int) -> None:
     if job[LEFT] == 0:
         _end(queue, line)
         return
-    reads = table64(job[READS], num_reads, READ_COLUMNS)
     for read in range(num_reads):
-        if reads[read, TAKEN] == 0 and job[SERIAL] == serial:
-            reads[read, TAKEN] = 1
+        if job[SERIAL] == serial and get(read_at(queue, line, read), TAKEN) == 0:
+            store64(read_at(queue, line, read) + 8 * TAKEN, 1)
             complete(queue, line, read, errno, -1)
 
 
-@jit
+@lean
 def cancel(queue: Any, serial: int) -> None:
     """Fail what a job has not begun to read, with ECANCELED. A job that is done is left alone."""
     lock(_mutex(queue))
@@ -286,7 +306,7 @@ def cancel(queue: Any, serial: int) -> None:
     unlock(_mutex(queue))
 
 
-@jit
+@lean
 def fail_all(queue: Any, errno: int) -> None:
     """Fail what nobody has begun to read, in every job. Holds the mutex."""
     for line in range(MAX_JOBS):
@@ -326,7 +346,7 @@ def wait_any(queue: Any) -> None:
     unlock(_mutex(queue))
 
 
-@jit
+@lean
 def _arrived(flags: Any) -> bool:
     for i in range(flags.size):
         left = load8(flags[i])
@@ -350,7 +370,17 @@ def wait_flags(queue: Any, flags: Any) -> bool:
     return _arrived(flags)
 
 
-@jit
+@lean
+def give_up(queue: Any, errno: int) -> None:
+    """The engine's threads have ended, and nobody will read any more: fail what is queued and refuse what comes."""
+    lock(_mutex(queue))
+    if queue.control[STOP] == 0 and queue.control[BROKEN] == 0:
+        queue.control[BROKEN] = errno
+    fail_all(queue, max(queue.control[BROKEN], ECANCELED))
+    unlock(_mutex(queue))
+
+
+@lean
 def stop(queue: Any) -> None:
     """Ask the engine's threads to end once what is in flight has landed."""
     lock(_mutex(queue))

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tiercache.native import jit, lock, pread, table64, unlock, wait
+from tiercache.native import jit, lean, lock, pread, unlock, wait
 from tiercache.storage.engine import aligned_buffer
 from tiercache.storage.queue import (
     ECANCELED,
@@ -13,14 +13,13 @@ from tiercache.storage.queue import (
     FD,
     LENGTH,
     NEEDED,
-    NUM_READS,
     OFFSET,
-    READ_COLUMNS,
-    READS,
     STOP,
     Queue,
     fail_all,
     finish,
+    get,
+    read_at,
     stop,
     take,
 )
@@ -79,12 +78,12 @@ def serve(queue: Any, buffer: int, alignment: int) -> None:
         unlock(mutex)
         if line < 0:
             return
-        reads = table64(queue.jobs[line, READS], queue.jobs[line, NUM_READS], READ_COLUMNS)
-        errno = _read(reads[read, FD], buffer, reads[read, LENGTH], reads[read, NEEDED], reads[read, OFFSET], alignment)
+        entry = read_at(queue, line, read)
+        errno = _read(get(entry, FD), buffer, get(entry, LENGTH), get(entry, NEEDED), get(entry, OFFSET), alignment)
         finish(queue, line, read, buffer, errno)
 
 
-@jit
+@lean
 def _read(descriptor: int, buffer: int, length: int, needed: int, offset: int, alignment: int) -> int:
     """Read until the needed bytes have come; 0 or an errno."""
     landed = np.int64(0)

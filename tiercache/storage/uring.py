@@ -20,31 +20,31 @@ from tiercache.native import (
     SYS_IO_URING_ENTER,
     SYS_IO_URING_REGISTER,
     SYS_IO_URING_SETUP,
-    jit,
+    lean,
     load32,
     lock,
     store32,
     syscall,
-    table64,
     unlock,
 )
 from tiercache.storage.engine import aligned_buffer
 from tiercache.storage.queue import (
     BROKEN,
     ECANCELED,
+    EIO,
     ENODATA,
     FD,
     LENGTH,
     NEEDED,
-    NUM_READS,
     OFFSET,
-    READ_COLUMNS,
-    READS,
     STOP,
     Queue,
     complete,
     fail_all,
     finish,
+    get,
+    give_up,
+    read_at,
     stop,
     take,
 )
@@ -142,7 +142,10 @@ class UringEngine:
         self._thread.start()
 
     def _serve(self) -> None:
-        serve(self.queue, self._ring, self._alignment)
+        try:
+            serve(self.queue, self._ring, self._alignment)
+        finally:
+            give_up(self.queue, EIO)
 
     def wake(self) -> None:
         os.eventfd_write(self._wake, 1)
@@ -156,7 +159,7 @@ class UringEngine:
         os.close(self._wake)
 
 
-@jit
+@lean
 def _prepare(ring: Any, tail: int, opcode: int, descriptor: int, offset: int, address: int, length: int, mark: int) -> None:
     """Write the submission entry at `tail`."""
     entry = ring.entries[tail & (ring.entries.shape[0] - 1)]
@@ -170,27 +173,25 @@ def _prepare(ring: Any, tail: int, opcode: int, descriptor: int, offset: int, ad
     entry[7] = 0
 
 
-@jit
+@lean
 def _issue(queue: Any, ring: Any, slot: int, tail: int) -> None:
     """Write the entry that reads what is left of a slot's read."""
     place = ring.slots[slot]
-    job = queue.jobs[place[_LINE]]
-    reads = table64(job[READS], job[NUM_READS], READ_COLUMNS)
-    read, landed = place[_WHICH], place[_LANDED]
+    entry, landed = read_at(queue, place[_LINE], place[_WHICH]), place[_LANDED]
     words = ring.words
     _prepare(
         ring,
         tail,
         words[_OPCODE],
-        reads[read, FD],
-        reads[read, OFFSET] + landed,
+        get(entry, FD),
+        get(entry, OFFSET) + landed,
         words[_BUFFER] + slot * words[_SLOT_BYTES] + landed,
-        reads[read, LENGTH] - landed,
+        get(entry, LENGTH) - landed,
         slot,
     )
 
 
-@jit
+@lean
 def serve(queue: Any, ring: Any, alignment: int) -> None:
     """Serve the queue until it is stopped and nothing is in flight."""
     mutex = queue.sync.ctypes.data
@@ -216,8 +217,7 @@ def serve(queue: Any, ring: Any, alignment: int) -> None:
             num_free -= 1
             slot = free[num_free]
             slots[slot, _LINE], slots[slot, _WHICH], slots[slot, _LANDED] = line, read, 0
-            reads = table64(queue.jobs[line, READS], queue.jobs[line, NUM_READS], READ_COLUMNS)
-            slots[slot, _NEEDED] = reads[read, NEEDED]
+            slots[slot, _NEEDED] = get(read_at(queue, line, read), NEEDED)
             _issue(queue, ring, slot, tail)
             tail, unsubmitted = tail + 1, unsubmitted + 1
         unlock(mutex)
@@ -249,7 +249,7 @@ def serve(queue: Any, ring: Any, alignment: int) -> None:
         store32(words[_CQ_HEAD], head)
 
 
-@jit
+@lean
 def _landed(queue: Any, ring: Any, slot: int, result: int, alignment: int) -> bool:
     """Take a completion; True where the read must be issued again for the rest of it."""
     place = ring.slots[slot]
@@ -271,16 +271,15 @@ def _landed(queue: Any, ring: Any, slot: int, result: int, alignment: int) -> bo
     return True
 
 
-@jit
+@lean
 def _give_up(queue: Any, ring: Any, errno: int, num_free: int) -> None:
     """The kernel refuses the ring: fail everything. The bounce buffer stays alive, since reads may yet land in it."""
-    busy = np.ones(ring.slots.shape[0], np.bool_)
     for i in range(num_free):
-        busy[ring.free[i]] = False
+        ring.slots[ring.free[i], _LINE] = -1
     lock(queue.sync.ctypes.data)
     queue.control[BROKEN] = errno
-    for slot in range(busy.size):
-        if busy[slot]:
+    for slot in range(ring.slots.shape[0]):
+        if ring.slots[slot, _LINE] >= 0:
             complete(queue, ring.slots[slot, _LINE], ring.slots[slot, _WHICH], errno, -1)
     fail_all(queue, errno)
     unlock(queue.sync.ctypes.data)

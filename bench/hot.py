@@ -1,0 +1,94 @@
+"""Hot: random resident rows out of a full host tier, against an embedding on a resident tensor of the same bytes.
+
+One thread each. The tier is filled with random rows of a table four times its size, in random order.
+"""
+
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from _common import GIB, ROW_BYTES, Figure, Rows, console, parser, records, report, timed
+
+from tiercache import Record, Store
+from tiercache.records import plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BATCH, _BATCHES, _FILL = 100_000, 8, 100_000
+
+
+class Computed:
+    """A Source whose rows are computed."""
+
+    record: Record = plain("BF16", ROW_BYTES // 2)
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+
+    def read(self, rows: Rows, out: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:
+        """Write the record of rows[i] to out[i]."""
+        out[:] = records(rows)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def main() -> None:
+    """Measure and report."""
+    options = parser(__doc__, directory=False)
+    options.add_argument("--size", type=float, default=2, help="of the host tier, in GiB (%(default)s)")
+    options.add_argument("--rounds", type=int, default=40, help="(%(default)s)")
+    arguments = options.parse_args()
+    torch.set_num_threads(1)
+    capacity = int(arguments.size * GIB) // ROW_BYTES
+    random = np.random.default_rng(0)
+    source = Computed(4 * capacity)
+    with Store.open({"host": {"capacity": capacity * ROW_BYTES}}, tables={"rows": source}) as store:
+        resident = random.choice(source.num_rows, capacity, replace=False)
+        with console.status("Filling the host tier"):
+            for start in range(0, capacity, _FILL):
+                store.fetch(resident[start : start + _FILL], raw=True)
+        places = [random.integers(0, capacity, BATCH) for _ in range(_BATCHES)]
+        before = store.stats().host
+        samples = _measure(store, resident, places, capacity, arguments.rounds)
+        after = store.stats().host
+        if before.used_slots != capacity or after.misses != before.misses:
+            raise SystemExit("the host tier was not full, or did not hold every row asked for")
+    rate = {name: BATCH / median(runs) / 1e6 for name, runs in samples.items()}
+    unit = "M rows/s"
+    figures = [
+        Figure("fetch(raw=True)", rate["fetch"], unit, "F.embedding, uint8", rate["embedding"], at_least=1.0),
+        Figure("fetch(raw=True)", rate["fetch"], unit, "F.embedding, bfloat16", rate["embedding bf16"], at_least=1.0),
+        Figure("fetch(raw=True, out=)", rate["out"], unit, "index_select(out=)", rate["select"], at_least=1.0),
+    ]
+    report("hot", f"Hot: {BATCH:,} resident rows of {ROW_BYTES} B out of {arguments.size:g} GiB", figures, arguments)
+
+
+def _measure(store: Store, resident: Rows, places: list[Rows], capacity: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds a call of each contestant, interleaved; a round uses one batch for all of them."""
+    tensor = torch.zeros((capacity, ROW_BYTES), dtype=torch.uint8).fill_(1)
+    values = tensor.view(torch.bfloat16)
+    ours_out, theirs_out = (torch.zeros((BATCH, ROW_BYTES), dtype=torch.uint8) for _ in range(2))
+    samples: dict[str, list[float]] = {}
+    for number in range(rounds + 2):
+        there = torch.from_numpy(places[number % len(places)])
+        rows = torch.from_numpy(resident[places[number % len(places)]])
+        calls: dict[str, Callable[[], torch.Tensor]] = {
+            "fetch": partial(store.fetch, rows, raw=True),
+            "embedding": partial(torch.nn.functional.embedding, there, tensor),
+            "embedding bf16": partial(torch.nn.functional.embedding, there, values),
+            "out": partial(store.fetch, rows, raw=True, out=ours_out),
+            "select": partial(torch.index_select, tensor, 0, there, out=theirs_out),
+        }
+        for name, call in calls.items():
+            sample = timed(call).seconds
+            if number >= 2:
+                samples.setdefault(name, []).append(sample)
+    return samples
+
+
+if __name__ == "__main__":
+    main()

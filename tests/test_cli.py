@@ -1,0 +1,197 @@
+"""The command line, as a shell sees it: exit codes, one-line errors, tables packed and replayed, the demo."""
+
+from collections.abc import Callable
+from importlib.metadata import version
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
+
+from tiercache import cli, demo
+from tiercache.demo import FormulaRows, WrongBytes, run
+from tiercache.storage.pack import pack_rows
+from tiercache.store import Store
+
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch) -> Invoke:
+    monkeypatch.setattr(cli, "console", Console(width=200))
+
+    def call(*arguments: object) -> Result:
+        return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+    return call
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    save_file({"embed": torch.arange(5000 * 16).reshape(5000, 16).to(torch.bfloat16)}, path)
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    pack_rows(FormulaRows(5000), tmp_path / "table")
+    path = tmp_path / "store.toml"
+    path.write_text('[[table]]\npath = "table"\n[host]\ncapacity = "64KiB"\npolicy = "lru"\n')
+    return path
+
+
+def test_version(invoke: Invoke) -> None:
+    result = invoke("--version")
+    assert (result.exit_code, result.output.strip()) == (0, version("tiercache"))
+
+
+def test_help_names_every_command(invoke: Invoke) -> None:
+    output = invoke("--help").output
+    assert all(f" {command} " in output for command in ("demo", "replay", "pack", "inspect", "verify", "bench"))
+
+
+def test_a_table_is_packed_inspected_and_verified(invoke: Invoke, checkpoint: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    result = invoke("pack", checkpoint, packed)
+    assert result.exit_code == 0, result.output
+    assert "5,000 rows of 32 B" in result.output
+
+    output = invoke("inspect", packed).output
+    assert all(text in output for text in ("packed", "5,000", "32 B", "BF16 x 16", "of 4096 B pages", "engine"))
+    assert "safetensors" in invoke("inspect", checkpoint).output
+
+    assert invoke("verify", packed).exit_code == 0
+    with Store.open({"table": [{"path": packed}]}) as store:
+        assert torch.equal(store.fetch([3, 4999])[:, 1], torch.tensor([49, 79985]).to(torch.bfloat16))
+
+
+def test_verify_names_the_damaged_page(invoke: Invoke, checkpoint: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    invoke("pack", checkpoint, packed)
+    rows = packed / "rows" / "c" / "0" / "0"
+    damaged = bytearray(rows.read_bytes())
+    damaged[9000] ^= 1
+    rows.write_bytes(damaged)
+    result = invoke("verify", packed)
+    assert result.exit_code == 1
+    assert "page 2, from row 256, is damaged" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["inspect", "nowhere"], 1, "nowhere"),
+        (["inspect", "."], 1, "not a packed table"),
+        (["verify", "nowhere"], 1, "nowhere"),
+        (["pack", "nowhere", "there"], 1, "nowhere"),
+        (["replay", "--tokens", "nowhere.npz"], 1, "nowhere.npz"),
+        (["replay", "--config", "nowhere.toml"], 2, "nowhere.toml"),
+        (["replay", "--limit", "9", "--capacity", "plenty"], 2, "'plenty'"),
+        (["replay", "--limit", "9", "--capacity", "0"], 2, "'0'"),
+        (["replay", "--limit", "9", "--policy", "best"], 2, "'best'"),
+        (["replay", "--limit", "9", "--rows", "5"], 2, "num_rows = 5"),
+        (["replay", "--limit", "9", "--vocabulary", "5"], 2, "outside 0..4"),
+        (["bench", "--no-such-option"], 2, "no-such-option"),
+    ],
+)
+def test_errors_are_one_line_and_a_code(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*arguments)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    if "Usage:" not in result.stderr:
+        assert result.stderr.startswith("tiercache: ")
+        assert result.stderr.count("\n") == 1
+
+
+def test_replay_simulates_policies_at_sizes(invoke: Invoke) -> None:
+    result = invoke(
+        *("replay", "--limit", 2000, "--rows", 50_000, "--batch", 64),
+        *("--policy", "lru", "--policy", "fifo", "--capacity", "256KiB", "--capacity", 100_000),
+    )
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.output.splitlines()]
+    rows = [(line[0], line[1]) for line in lines if line and line[0] in ("lru", "fifo")]
+    assert rows == [("lru", "0.2"), ("fifo", "0.2"), ("lru", "0.1"), ("fifo", "0.1")]
+    assert all(name in result.output for name in ("static", "Belady", "unbounded"))
+
+
+def test_replay_through_a_store_counts_what_the_simulator_counts(invoke: Invoke, config: Path) -> None:
+    live = invoke("replay", "--limit", 2000, "--config", config)
+    simulated = invoke("replay", "--limit", 2000, "--rows", 5000, "--policy", "lru", "--capacity", "64KiB")
+    assert live.exit_code == simulated.exit_code == 0, live.output + simulated.output
+    assert "p99" in live.output
+
+    def counted(result: Result) -> list[str]:
+        (line,) = [line.split() for line in result.output.splitlines() if line.startswith(" lru")]
+        return line[:-1]  # a simulation reads records, a store pages
+
+    assert counted(live) == counted(simulated)
+
+
+def test_bench_runs_what_is_named(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_BENCH", tmp_path)
+    assert invoke("bench").exit_code == 2, "without a checkout there is nothing to run"
+    (tmp_path / "fine.py").write_text("import pathlib; pathlib.Path(__file__).with_suffix('.ran').touch()")
+    (tmp_path / "fails.py").write_text("raise SystemExit(3)")
+    assert invoke("bench", "fine").exit_code == 0
+    assert (tmp_path / "fine.ran").exists()
+    assert invoke("bench").exit_code == 3
+    unknown = invoke("bench", "other")
+    assert unknown.exit_code == 2
+    assert "allowed are fails, fine" in unknown.stderr
+
+
+def test_the_demo_checks_every_row_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "HOST_BYTES", 1 << 20)
+    shown = StringIO()
+    result = run(tmp_path, num_tokens=3000, num_rows=20_000, console=Console(file=shown, width=120))
+    assert result.rows == 3000 * 16
+    counts, bounds = result.replay.counts, result.replay.bounds
+    assert 0 < counts.hits < bounds.belady <= bounds.unbounded
+    assert result.picture.read_bytes().startswith(b"\x89PNG")
+    assert all(word in shown.getvalue() for word in ("decode", "p99", "Belady", "hit_rate.png"))
+
+
+def test_the_demo_table_is_made_once_and_again_when_it_is_not_right(tmp_path: Path) -> None:
+    rows, config = FormulaRows(2000), {"table": [{"path": tmp_path / "table"}], "host": {"capacity": "64KiB"}}
+    chunk = tmp_path / "table" / "rows" / "c" / "0" / "0"
+    demo._make_table(config, rows, Console(file=StringIO()))
+    first = chunk.stat().st_ino
+    demo._make_table(config, rows, Console(file=StringIO()))
+    assert chunk.stat().st_ino == first
+
+    with chunk.open("r+b") as file:
+        file.write(b"\1\2\3")
+    demo._make_table(config, rows, Console(file=StringIO()))
+    assert chunk.stat().st_ino != first
+    with Store.open(config) as store:
+        assert np.array_equal(store.fetch(range(2000), raw=True).numpy(), rows.take(np.arange(2000)))
+
+    demo._make_table(config, FormulaRows(1000), Console(file=StringIO()))
+    with Store.open(config) as store:
+        assert store.num_rows() == 1000
+
+
+def test_the_demo_notices_one_wrong_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = FormulaRows.read
+
+    def wrong(self: FormulaRows, rows: np.ndarray, out: np.ndarray) -> None:
+        right(self, rows, out)
+        out[rows == 1500, 200] ^= 4
+
+    monkeypatch.setattr(FormulaRows, "read", wrong)
+    pack_rows(FormulaRows(2000), tmp_path / "table")
+    monkeypatch.setattr(FormulaRows, "read", right)
+    config = {"table": [{"path": tmp_path / "table"}], "host": {"capacity": "64KiB"}}
+    trace = cli.Trace(np.arange(2000), np.array([0, 900, 2000]))
+    with Store.open(config) as store, pytest.raises(WrongBytes, match="row 1500"):
+        demo._stream(store, trace, FormulaRows(2000), Console(file=StringIO()))
