@@ -90,7 +90,8 @@ def _cold_rows(table: BenchTable, resident: Rows, rounds: int) -> Rows:
     """Distinct random rows that are not resident."""
     needed = rounds * 2 * (LARGE + _COLD_A_ROUND * BATCH)
     rows = distinct_batches(table.num_rows, 1, min(table.num_rows, needed * 5 // 4 + resident.size // 8), seed=4)[0]
-    return rows[~np.isin(rows, resident)]
+    cold: Rows = rows[~np.isin(rows, resident)]
+    return cold
 
 
 def _take(rows: Iterator[np.int64], count: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """N-gram hashing: equal to the published vectors, and to a slow oracle on any text, cut anywhere."""
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def test_documents_start_anew(documents: list[list[int]]) -> None:
 @given(token_lists, st.lists(st.integers(0, 30), max_size=5))
 def test_chunks_give_the_rows_of_the_whole(tokens: list[int], cuts: list[int]) -> None:
     edges = [0, *sorted(min(cut, len(tokens)) for cut in cuts), len(tokens)]
-    chunks = [SMALL.rows(tokens[a:b], previous=tokens[:a]) for a, b in zip(edges, edges[1:], strict=False)]
+    chunks = [SMALL.rows(tokens[a:b], previous=tokens[:a]) for a, b in itertools.pairwise(edges)]
     assert np.array_equal(np.concatenate(chunks), SMALL.rows(tokens))
 
 

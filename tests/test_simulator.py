@@ -232,11 +232,11 @@ def test_a_stream_without_documents_is_one_document(tmp_path: Path) -> None:
 def test_a_file_that_is_no_stream_is_named(tmp_path: Path, arrays: dict[str, list[int]]) -> None:
     path = tmp_path / "text.npz"
     np.savez(path, **{name: np.array(values) for name, values in arrays.items()})  # type: ignore[arg-type]
-    with pytest.raises(FormatError, match="text.npz"):
+    with pytest.raises(FormatError, match=r"text\.npz"):
         load_tokens(path)
 
 
 def test_a_file_that_is_no_archive_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("no")
-    with pytest.raises(FormatError, match="text.npz: not an .npz file"):
+    with pytest.raises(FormatError, match=r"text\.npz: not an \.npz file"):
         load_tokens(tmp_path / "text.npz")

@@ -26,7 +26,7 @@ __all__ = [
     "StoreConfig",
     "StoreStats",
     "TableConfig",
-    "TierCacheError",
     "Ticket",
+    "TierCacheError",
     "__version__",
 ]

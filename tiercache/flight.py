@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
     from tiercache.level import Plan
     from tiercache.request import Table
-    from tiercache.store import Store
     from tiercache.storage.reader import Job
+    from tiercache.store import Store
 
 
 class Flight:

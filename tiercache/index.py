@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import lean
+from tiercache.native import int64, lean
 
 _LOW = 0xFFFFFFFF
 _HASHED_ENTRIES = 2
@@ -64,15 +64,15 @@ def address(table: Any, row: int) -> int:
 def candidate(table: Any, row: int) -> int:
     """The slot that may hold `row`, to be compared with the slot's own row; -1 where none does."""
     if table.itemsize == 4:
-        return np.int64(table[row]) - 1
+        return int64(table[row]) - 1
     tag = tag_of(row)
     at = _home(tag, table.size)
-    entry = np.int64(table[at])
+    entry = int64(table[at])
     while entry != 0 and (entry >> 32) & _LOW != tag:
         at += 1
         if at == table.size:
             at = 0
-        entry = np.int64(table[at])
+        entry = int64(table[at])
     return (entry & _LOW) - 1
 
 
@@ -80,10 +80,10 @@ def candidate(table: Any, row: int) -> int:
 def find(table: Any, keys: Any, row: int) -> int:
     """The slot that holds `row`, or -1."""
     if table.itemsize == 4:
-        return np.int64(table[row]) - 1
+        return int64(table[row]) - 1
     tag = tag_of(row)
     at = _home(tag, table.size)
-    entry = np.int64(table[at])
+    entry = int64(table[at])
     while entry != 0:
         if (entry >> 32) & _LOW == tag:
             slot = (entry & _LOW) - 1
@@ -92,8 +92,8 @@ def find(table: Any, keys: Any, row: int) -> int:
         at += 1
         if at == table.size:
             at = 0
-        entry = np.int64(table[at])
-    return np.int64(-1)
+        entry = int64(table[at])
+    return int64(-1)
 
 
 @lean
@@ -130,7 +130,7 @@ def remove(table: Any, row: int, slot: int) -> None:
         at += 1
         if at == size:
             at = 0
-        entry = np.int64(table[at])
+        entry = int64(table[at])
         if entry == 0:
             break
         distance_home = at - _home((entry >> 32) & _LOW, size)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache import index
-from tiercache.native import lean, prefetch
+from tiercache.native import int64, lean, prefetch
 from tiercache.policies.base import BYPASS, EMPTY, Policy, on_hit, on_miss
 
 SLOT = np.dtype([("key", "i8"), ("stamp", "i4"), ("pins", "i2"), ("pending", "i1"), ("mark", "u1")])
@@ -172,7 +172,7 @@ def probe(
             for i in range(size):
                 where[i] = index.candidate(table, rows[i])
         for i in range(first, stop):
-            slot = np.int64(where[i])
+            slot = int64(where[i])
             if slot >= 0 and keys[slot] != rows[i]:
                 slot = index.find(table, keys, rows[i])
                 where[i] = slot
@@ -226,9 +226,9 @@ def admit(
             where[i] = fill[seen[at] & mask]
             continue
         seen[at] = (batch << 32) | num_misses
-        slot = np.int64(BYPASS)
+        slot = int64(BYPASS)
         if counters[PINNED] < keys.size:
-            slot = np.int64(on_miss(state, keys, pins, row))
+            slot = int64(on_miss(state, keys, pins, row))
         if slot >= 0:
             if keys[slot] >= 0:
                 index.remove(table, keys[slot], slot)
@@ -241,7 +241,7 @@ def admit(
             held[num_held] = slot
             num_held += 1
         else:
-            slot = ~np.int64(staged)
+            slot = ~int64(staged)
             staged += 1
         where[i] = slot
         misses[num_misses] = row
@@ -259,7 +259,7 @@ def unpin(slots: Any, counters: Any, held: Any) -> None:
     base = slots.ctypes.data
     for i in range(held.size):
         if i + 16 < held.size:
-            prefetch(base + 16 * np.int64(held[i + 16]))
+            prefetch(base + 16 * int64(held[i + 16]))
         slot = held[i]
         pins[slot] -= np.int16(1)
         counters[PINNED] -= pins[slot] == 0

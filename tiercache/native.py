@@ -58,6 +58,9 @@ def _stamped(dispatcher: Any) -> Any:
     return dispatcher
 
 
+int64: Any = np.int64
+"""`np.int64` as a conversion in compiled code, where it is the same thing as int."""
+
 _i64 = types.int64
 _c_memcpy = types.ExternalFunction("memcpy", _i64(_i64, _i64, _i64))
 _c_syscall = types.ExternalFunction("syscall", _i64(_i64, _i64, _i64, _i64, _i64, _i64, _i64))

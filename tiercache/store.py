@@ -358,6 +358,7 @@ class Store:
     def _await(self, flight: Flight) -> None:
         """Wait until every row of a flight has arrived. Rows that another flight failed to bring are read again."""
         job = flight.job
+        assert job is not None
         job.wait()
         self._raise_error(flight, job)
         if not flight.borrowed.size:

@@ -49,8 +49,7 @@ def open_files(files: Sequence[TableFile], *, direct: bool) -> OpenFiles:
             for descriptor in descriptors:
                 os.close(descriptor)
             descriptors.clear()
-            for file in files:
-                descriptors.append(_open(file, 0))
+            descriptors.extend(_open(file, 0) for file in files)
         for descriptor, file in zip(descriptors, files, strict=True):
             require_unchanged(descriptor, file)
     except OSError:

@@ -32,7 +32,7 @@ class Choice(NamedTuple):
 
 def start_engine(name: str, files: OpenFiles, queue_depth: int, slot_bytes: int) -> Choice:
     """Start the named engine, or for "auto" the fastest here. Without a ring from the kernel, threads serve."""
-    notes = (files.refusal,) if files.refusal else ()
+    notes: tuple[str, ...] = (files.refusal,) if files.refusal else ()
     candidates = ("uring", "threads") if name == "auto" else (name,)
     engines: list[Engine] = []
     for candidate in candidates:

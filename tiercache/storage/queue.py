@@ -25,6 +25,7 @@ from tiercache.native import (
     MUTEX_BYTES,
     broadcast,
     clock_ns,
+    int64,
     jit,
     lean,
     load8,
@@ -166,14 +167,14 @@ def _find_line(queue: Any, serial: int) -> int:
 @lean
 def _most_urgent(queue: Any) -> int:
     """The line of the job that is due first and has something to take, or -1."""
-    best, line, left = np.int64(-1), np.int64(0), queue.control[ACTIVE]
+    best, line, left = int64(-1), int64(0), queue.control[ACTIVE]
     while left > 0:
         job = queue.jobs[line]
         if job[SERIAL] != 0:
             left -= 1
-            if job[CURSOR] < job[NUM_READS] or job[NUM_WANTED] > 0:
-                if best < 0 or job[DUE] < queue.jobs[best, DUE]:
-                    best = line
+            can_take = job[CURSOR] < job[NUM_READS] or job[NUM_WANTED] > 0
+            if can_take and (best < 0 or job[DUE] < queue.jobs[best, DUE]):
+                best = line
         line += 1
     return best
 
@@ -185,7 +186,7 @@ def _holder(queue: Any, at: int, asking: int) -> tuple[int, int]:
         job = queue.jobs[line]
         if line == asking or job[SERIAL] == 0 or job[CURSOR] >= job[NUM_READS]:
             continue
-        low, high = np.int64(0), job[NUM_READS]
+        low, high = int64(0), job[NUM_READS]
         while low < high:
             middle = (low + high) // 2
             if get(read_at(queue, line, middle), AT) <= at:
@@ -194,8 +195,8 @@ def _holder(queue: Any, at: int, asking: int) -> tuple[int, int]:
                 high = middle
         entry = read_at(queue, line, low - 1)
         if low > 0 and get(entry, TAKEN) == 0 and at < get(entry, AT) + get(entry, LENGTH):
-            return np.int64(line), low - 1
-    return np.int64(-1), np.int64(-1)
+            return int64(line), low - 1
+    return int64(-1), int64(-1)
 
 
 @lean
@@ -204,7 +205,7 @@ def take(queue: Any) -> tuple[int, int]:
     while True:
         line = _most_urgent(queue)
         if line < 0:
-            return np.int64(-1), np.int64(-1)
+            return int64(-1), int64(-1)
         job = queue.jobs[line]
         if job[NUM_WANTED] > 0:
             job[NUM_WANTED] -= 1
@@ -220,7 +221,7 @@ def take(queue: Any) -> tuple[int, int]:
         entry = read_at(queue, line, read)
         if get(entry, TAKEN) == 0:
             store64(entry + 8 * TAKEN, 1)
-            return np.int64(line), np.int64(read)
+            return int64(line), int64(read)
 
 
 @lean
@@ -267,11 +268,11 @@ def complete(queue: Any, line: int, read: int, errno: int, bad_page: int) -> Non
 @lean
 def finish(queue: Any, line: int, read: int, buffer: int, errno: int) -> None:
     """A taken read has landed in `buffer`, or failed with an errno: check it, copy it out, tell. Without the mutex."""
-    bad_page = np.int64(-1)
+    bad_page = int64(-1)
     if errno == 0:
         entry = read_at(queue, line, read)
         if get(entry, SUMS) != 0:
-            bad_page = np.int64(verify_pages(buffer, get(entry, NEEDED), PAGE_BYTES, get(entry, SUMS)))
+            bad_page = int64(verify_pages(buffer, get(entry, NEEDED), PAGE_BYTES, get(entry, SUMS)))
         if bad_page >= 0:
             errno = EUCLEAN
         else:

@@ -12,6 +12,7 @@ from tiercache.errors import StorageError
 from tiercache.native import broadcast, jit, load8, lock, memcpy, store8, store64, unlock
 from tiercache.source import Source
 from tiercache.storage import queue as q
+from tiercache.storage.checksum import PAGE_BYTES
 from tiercache.storage.engine import Engine
 from tiercache.storage.files import OpenFiles
 from tiercache.storage.reads import FILE_BITS, Files, Layout, Targets, addresses, plan_reads
@@ -112,7 +113,7 @@ class FileReader:
             at, length = int(job.result[q.FAILED_AT]), int(job.result[q.FAILED_LENGTH])
             path, offset = self._open.files[at >> FILE_BITS].path, at & ((1 << FILE_BITS) - 1)
             if number == q.EUCLEAN:
-                page = offset // q.PAGE_BYTES + int(job.result[q.BAD_PAGE])
+                page = offset // PAGE_BYTES + int(job.result[q.BAD_PAGE])
                 what = f"page {page} does not match its checksum"
             elif number == q.ENODATA:
                 what = "the file ends too soon: it shrank since it was opened"

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tiercache.native import jit, lean, lock, pread, unlock, wait
+from tiercache.native import int64, jit, lean, lock, pread, unlock, wait
 from tiercache.storage.engine import aligned_buffer
 from tiercache.storage.queue import (
     ECANCELED,
@@ -86,9 +86,9 @@ def serve(queue: Any, buffer: int, alignment: int) -> None:
 @lean
 def _read(descriptor: int, buffer: int, length: int, needed: int, offset: int, alignment: int) -> int:
     """Read until the needed bytes have come; 0 or an errno."""
-    landed = np.int64(0)
+    landed = int64(0)
     while landed < needed:
-        result = np.int64(pread(descriptor, buffer + landed, length - landed, offset + landed))
+        result = int64(pread(descriptor, buffer + landed, length - landed, offset + landed))
         if result == -_EINTR:
             continue
         if result < 0:

@@ -7,7 +7,6 @@ through an eventfd on which the ring itself keeps a read pending. The entry layo
 Buffers are registered with the kernel where the limit of locked memory allows it, which saves about a seventh of the CPU.
 """
 
-import ctypes
 import mmap
 import os
 import threading
@@ -20,6 +19,7 @@ from tiercache.native import (
     SYS_IO_URING_ENTER,
     SYS_IO_URING_REGISTER,
     SYS_IO_URING_SETUP,
+    int64,
     lean,
     load32,
     lock,
@@ -196,11 +196,11 @@ def serve(queue: Any, ring: Any, alignment: int) -> None:
     """Serve the queue until it is stopped and nothing is in flight."""
     mutex = queue.sync.ctypes.data
     words, slots, free = ring.words, ring.slots, ring.free
-    depth = np.int64(slots.shape[0])
+    depth = int64(slots.shape[0])
     num_free = depth
-    tail = np.int64(load32(words[_SQ_TAIL]))
-    head = np.int64(load32(words[_CQ_HEAD]))
-    unsubmitted = np.int64(0)
+    tail = int64(load32(words[_SQ_TAIL]))
+    head = int64(load32(words[_CQ_HEAD]))
+    unsubmitted = int64(0)
     armed = stopping = False
     while True:
         if not armed:
@@ -225,14 +225,14 @@ def serve(queue: Any, ring: Any, alignment: int) -> None:
         if stopping and in_flight == 0:
             return
         store32(words[_SQ_TAIL], tail)
-        wanted = max(np.int64(1), in_flight // 4)
-        result = np.int64(syscall(SYS_IO_URING_ENTER, words[_FILE], unsubmitted, wanted, _GETEVENTS, 0, 0))
+        wanted = max(int64(1), in_flight // 4)
+        result = int64(syscall(SYS_IO_URING_ENTER, words[_FILE], unsubmitted, wanted, _GETEVENTS, 0, 0))
         if result >= 0:
             unsubmitted -= result
         elif -result not in (_EINTR, _EAGAIN, _EBUSY):
             _give_up(queue, ring, -result, num_free)
             return
-        end = np.int64(load32(words[_CQ_TAIL]))
+        end = int64(load32(words[_CQ_TAIL]))
         while head != end:
             event = ring.events[head & (ring.events.shape[0] - 1)]
             mark, result = event[0], (event[1] & 0x7FFFFFFF) - (event[1] & 0x80000000)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tiercache.native import copy, lean, prefetch
+from tiercache.native import copy, int64, lean, prefetch
 
 _AHEAD = 16
 
@@ -30,11 +30,11 @@ def gather(where: Any, slots: int, slot_stride: int, staging: int, staging_strid
     size = where.size
     for i in range(size):
         if i + _AHEAD < size:
-            place = np.int64(where[i + _AHEAD])
+            place = int64(where[i + _AHEAD])
             if place >= 0:
                 begin = slots + place * slot_stride
                 for line in range(begin & ~63, begin + num_bytes, 64):
                     prefetch(line)
-        place = np.int64(where[i])
+        place = int64(where[i])
         source = slots + place * slot_stride if place >= 0 else staging + ~place * staging_stride
         copy(out + i * num_bytes, source, num_bytes)
