@@ -42,9 +42,8 @@ console = Console()
 
 def records(rows: Rows) -> npt.NDArray[np.uint8]:
     """The bytes of these rows, uint8[n, 264]: word w of row r is a mix of 33 * r + w."""
-    words: npt.NDArray[np.uint64] = rows.astype(np.uint64)[:, None] * np.uint64(_WORDS) + np.arange(
-        _WORDS, dtype=np.uint64
-    )
+    terms = rows.astype(np.uint64)[:, None] * np.uint64(_WORDS), np.arange(_WORDS, dtype=np.uint64)
+    words: npt.NDArray[np.uint64] = np.add(*terms, dtype=np.uint64)
     words *= np.uint64(0x9E3779B97F4A7C15)
     words ^= words >> np.uint64(29)
     words *= np.uint64(0xBF58476D1CE4E5B9)
