@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -37,7 +39,7 @@ _WORDS = ROW_BYTES // 8
 _PIECE_ROWS = 1 << 16
 _README = Path(__file__).with_name("README.md")
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def records(rows: Rows) -> npt.NDArray[np.uint8]:
@@ -235,7 +237,8 @@ def report(name: str, title: str, figures: Sequence[Figure], options: argparse.N
     machine = hardware(directory)
     choices = [word for word in sys.argv[1:] if word not in ("--readme", "--clean")]
     command = " ".join(["python", f"bench/{name}.py", *choices])
-    table = Table(*_COLUMNS, title=title, title_justify="left", caption=machine, caption_justify="left")
+    table = Table(*_COLUMNS, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.caption, table.caption_justify = machine, "left"
     for figure in figures:
         style = {"PASS": "green", "MISS": "red"}.get(figure.verdict, "")
         table.add_row(*figure.cells()[:-1], f"[{style}]{figure.verdict}[/]" if style else "")
@@ -268,8 +271,11 @@ def hardware(directory: Path | None) -> str:
     if directory is not None:
         parts.append(_disk(directory))
     parts.append(f"Linux {platform.release()}, Python {platform.python_version()}")
-    packages = ("tiercache", "torch", "numba", "numpy", "engramdb-python")
-    parts.append(", ".join(f"{package} {version(package)}" for package in packages))
+    packages = ("tiercache", "torch", "numba", "numpy", "engramdb-python", "libcachesim")
+    versions = [f"{package} {version(package)}" for package in packages]
+    if shutil.which("fio"):
+        versions.append(subprocess.run(["fio", "--version"], check=True, capture_output=True, text=True).stdout.strip())
+    parts.append(", ".join(versions))
     parts.append(f"load average {os.getloadavg()[0]:.1f}")
     parts.append(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
     return "; ".join(parts)

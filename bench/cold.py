@@ -70,9 +70,7 @@ def _require_equal(table: BenchTable, ours: Store, theirs: Any) -> None:
             raise SystemExit(f"{table.path}: holds other bytes than it should; delete it")
 
 
-def _large(
-    table: BenchTable, ours: Store, theirs: Any, cache: Cache, arguments: argparse.Namespace
-) -> dict[str, list[Sample]]:
+def _large(table: BenchTable, ours: Store, theirs: Any, cache: Cache, arguments: argparse.Namespace) -> dict[str, list[Sample]]:
     """Samples of each contestant for `BATCH` rows, interleaved."""
     samples: dict[str, list[Sample]] = {OURS: [], FIO: [], ENGRAMDB: [], MEMMAP: []}
     batches = iter(distinct_batches(table.num_rows, 5 * arguments.rounds, BATCH))

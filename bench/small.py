@@ -1,7 +1,7 @@
 """Small: a decode step's worth of resident rows, against engramdb-python's warm page cache and against an embedding.
 
-Each contestant serves every set of rows once a round, in a block of its own, so that each finds in the CPU's caches what
-it left there itself.
+Each contestant serves every set of rows once a round, in a block of its own, and so finds in the CPU's caches what it left
+there itself.
 """
 
 from functools import partial

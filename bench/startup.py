@@ -66,9 +66,7 @@ def _run(code: str, path: str, cache: str) -> str:
     """What a new process prints."""
     environment = os.environ | {"NUMBA_CACHE_DIR": cache}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    done = subprocess.run(
-        [sys.executable, "-c", code, path], check=True, stdout=subprocess.PIPE, text=True, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", code, path], check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return done.stdout
 
 
