@@ -17,7 +17,7 @@ from tiercache.records import plain
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-BATCH, _BATCHES, _FILL = 100_000, 8, 100_000
+BATCH = _FILL = 100_000
 
 
 class Computed:
@@ -51,9 +51,8 @@ def main() -> None:
         with console.status("Filling the host tier"):
             for start in range(0, capacity, _FILL):
                 store.fetch(resident[start : start + _FILL], raw=True)
-        places = [random.integers(0, capacity, BATCH) for _ in range(_BATCHES)]
         before = store.stats().host
-        samples = _measure(store, resident, places, capacity, arguments.rounds)
+        samples = _measure(store, resident, arguments.rounds)
         after = store.stats().host
         if before.used_slots != capacity or after.misses != before.misses:
             raise SystemExit("the host tier was not full, or did not hold every row asked for")
@@ -62,31 +61,31 @@ def main() -> None:
     figures = [
         Figure("fetch(raw=True)", rate["fetch"], unit, "F.embedding, uint8", rate["embedding"], at_least=1.0),
         Figure("fetch(raw=True)", rate["fetch"], unit, "F.embedding, bfloat16", rate["embedding bf16"], at_least=1.0),
-        Figure("fetch(raw=True, out=)", rate["out"], unit, "index_select(out=)", rate["select"], at_least=1.0),
+        Figure("fetch(raw=True, out=)", rate["out"], unit, "index_select(out=), uint8", rate["select"], at_least=1.0),
     ]
     report("hot", f"Hot: {BATCH:,} resident rows of {ROW_BYTES} B out of {arguments.size:g} GiB", figures, arguments)
 
 
-def _measure(store: Store, resident: Rows, places: list[Rows], capacity: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds a call of each contestant, interleaved; a round uses one batch for all of them."""
-    tensor = torch.zeros((capacity, ROW_BYTES), dtype=torch.uint8).fill_(1)
-    values = tensor.view(torch.bfloat16)
-    ours_out, theirs_out = (torch.zeros((BATCH, ROW_BYTES), dtype=torch.uint8) for _ in range(2))
-    samples: dict[str, list[float]] = {}
+def _measure(store: Store, resident: Rows, rounds: int) -> dict[str, list[float]]:
+    """Seconds a call of each contestant, interleaved, every call with random rows of its own."""
+    tensor = torch.ones((resident.size, ROW_BYTES), dtype=torch.uint8)
+    out = torch.zeros((BATCH, ROW_BYTES), dtype=torch.uint8)
+    calls: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "fetch": partial(store.fetch, raw=True),
+        "embedding": partial(torch.nn.functional.embedding, weight=tensor),
+        "embedding bf16": partial(torch.nn.functional.embedding, weight=tensor.view(torch.bfloat16)),
+        "out": partial(store.fetch, raw=True, out=out),
+        "select": partial(torch.index_select, tensor, 0, out=out),
+    }
+    random = np.random.default_rng(1)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 2):
-        there = torch.from_numpy(places[number % len(places)])
-        rows = torch.from_numpy(resident[places[number % len(places)]])
-        calls: dict[str, Callable[[], torch.Tensor]] = {
-            "fetch": partial(store.fetch, rows, raw=True),
-            "embedding": partial(torch.nn.functional.embedding, there, tensor),
-            "embedding bf16": partial(torch.nn.functional.embedding, there, values),
-            "out": partial(store.fetch, rows, raw=True, out=ours_out),
-            "select": partial(torch.index_select, tensor, 0, there, out=theirs_out),
-        }
         for name, call in calls.items():
-            sample = timed(call).seconds
+            places = random.integers(0, resident.size, BATCH)
+            rows = torch.from_numpy(resident[places] if name in ("fetch", "out") else places)
+            sample = timed(partial(call, rows)).seconds
             if number >= 2:
-                samples.setdefault(name, []).append(sample)
+                samples[name].append(sample)
     return samples
 
 

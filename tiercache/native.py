@@ -10,12 +10,13 @@ import hashlib
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from llvmlite import ir
 from numba import config, njit, types
 from numba.core import cgutils
+from numba.core.caching import IndexDataCacheFile
 from numba.extending import intrinsic, overload
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -52,13 +53,25 @@ def lean(function: _Function) -> _Function:
     return _stamped(njit(nogil=True, cache=True, _nrt=False)(function))
 
 
+class _CacheIndex(IndexDataCacheFile):  # type: ignore[misc]
+    """Numba's index of a cache directory; empty where it names a type that is gone, or is another program's own."""
+
+    def _load_index(self) -> Any:
+        try:
+            return super()._load_index()
+        except (ImportError, AttributeError):
+            return {}
+
+
 def _stamped(dispatcher: Any) -> Any:
     if not config.DISABLE_JIT:
-        dispatcher._cache._cache_file._source_stamp = _STAMP
+        index = dispatcher._cache._cache_file
+        index.__class__ = _CacheIndex
+        index._source_stamp = _STAMP
     return dispatcher
 
 
-int64: Any = np.int64
+int64 = cast("Callable[[Any], int]", np.int64)
 """`np.int64` as a conversion in compiled code, where it is the same thing as int."""
 
 _i64 = types.int64

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import lean
+from tiercache.native import int64, lean
 from tiercache.policies import keyset
-from tiercache.policies.base import EMPTY, MAX_PINNED_VICTIMS, Policy, bind, int64
+from tiercache.policies.base import EMPTY, MAX_PINNED_VICTIMS, Policy, bind
 from tiercache.policies.keyset import ABSENT, KeySet
 from tiercache.policies.links import NEWER, members, new_rings, oldest_unpinned, push, renew, unlink
 

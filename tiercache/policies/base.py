@@ -10,13 +10,9 @@ every policy and can be cached on disk.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import numpy as np
 from numba.extending import overload
-
-int64 = cast("Callable[[Any], int]", np.int64)
-"""`np.int64`, as an `int` to the type checker: what a compiled function computes slots and entries in."""
 
 BYPASS = -1
 """Answer of `on_miss`: do not keep this key."""

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import lean
-from tiercache.policies.base import BYPASS, MAX_PINNED_VICTIMS, Policy, bind, int64
+from tiercache.native import int64, lean
+from tiercache.policies.base import BYPASS, MAX_PINNED_VICTIMS, Policy, bind
 
 
 class State(NamedTuple):

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import lean
-from tiercache.policies.base import int64
+from tiercache.native import int64, lean
 
 ABSENT = -1
 """Answer of `find` for a key that is not in the set, and the end of a chain."""

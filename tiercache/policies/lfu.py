@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import lean
-from tiercache.policies.base import BYPASS, EMPTY, MAX_PINNED_VICTIMS, Policy, bind, int64
+from tiercache.native import int64, lean
+from tiercache.policies.base import BYPASS, EMPTY, MAX_PINNED_VICTIMS, Policy, bind
 from tiercache.policies.links import NEWER, members, new_rings, oldest_unpinned, push, unlink
 
 MAX_RINGS = 65_536

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import lean
-from tiercache.policies.base import BYPASS, int64
+from tiercache.native import int64, lean
+from tiercache.policies.base import BYPASS
 
 OLDER, NEWER = 0, 1
 """Columns of `links`."""

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import lean
-from tiercache.policies.base import EMPTY, MAX_PINNED_VICTIMS, Policy, bind, int64
+from tiercache.native import int64, lean
+from tiercache.policies.base import EMPTY, MAX_PINNED_VICTIMS, Policy, bind
 from tiercache.policies.links import members, new_rings, oldest_unpinned, push, renew
 
 
