@@ -1,9 +1,9 @@
 """A level: which rows are in which slots of one tier, and every decision about it. No bytes, no torch, no files.
 
-A batch is planned in two steps. `probe` finds what is resident, before anything changes, and pins it; so no row of a batch
-is evicted by another row of the same batch. `admit` then takes the missing rows in first-seen order and asks the policy for
-a slot each. The policy is told of each distinct row of a batch once: the hits first, then the misses. The simulator and the
-live store run these same two functions.
+A batch is planned in two steps. `probe` finds what is resident, before anything changes; if that is all, no more is to do.
+Else it is pinned, so that no row of a batch is evicted by another row of the same batch, and `admit` takes the missing rows
+in first-seen order and asks the policy for a slot each. The policy is told of each distinct row of a batch once: the hits
+first, then the misses. The simulator and the live store run these same functions.
 
 A row's place is one int32, the same everywhere: `slot >= 0`, or `~i` for row `i` of the batch's staging area, where rows
 that the policy kept out are read to.
@@ -29,7 +29,8 @@ BATCH, PINNED, HITS, MISSES, BYPASSES = range(5)
 MAX_PINS = 32_000
 """Plans that may hold one slot at the same time."""
 
-_BLOCK = 64
+_AHEAD = 32
+"""Rows between asking for an index line, reading it, and using the slot's line that it leads to."""
 _LAST_STAMP = 2**31 - 1
 
 
@@ -79,11 +80,28 @@ class Level:
 
         `num_reads` is how many reads bring one record: a slot to fill is pending until they have.
         """
-        where = np.empty(rows.size, np.int32)
-        held = np.empty(rows.size, np.int32)
-        hits, missing, pending = probe(
-            self.slots, self.table, self.seen, self.counters, self.state, rows, where, held
-        )
+        where, held, found = self.probe(rows)
+        return self.settle(rows, where, held, found, num_reads)
+
+    def probe(
+        self, rows: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], tuple[int, int, int]]:
+        """Begin a batch: places, distinct slots, and the counts that the compiled `probe` returns."""
+        where, held = np.empty(rows.size, np.int32), np.empty(rows.size, np.int32)
+        found = probe(self.slots, self.table, self.seen, self.counters, self.state, rows, where, held)
+        return where, held, found
+
+    def settle(
+        self,
+        rows: npt.NDArray[np.int64],
+        where: npt.NDArray[np.int32],
+        held: npt.NDArray[np.int32],
+        found: tuple[int, int, int],
+        num_reads: int,
+    ) -> Plan:
+        """The plan of a batch that was probed: pins what is resident, admits what is missing."""
+        hits, missing, pending = found
+        pin(self.slots, self.counters, held[:hits])
         if not missing:
             return Plan(where, _NO_ROWS, _NO_PLACES, held[:hits], hits, 0, pending)
         misses, fill = np.empty(missing, np.int64), np.empty(missing, np.int32)
@@ -143,12 +161,12 @@ _NO_PLACES = np.empty(0, np.int32)
 def probe(
     slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, where: Any, held: Any
 ) -> tuple[int, int, int]:
-    """Begin a batch: find, pin and report its resident rows.
+    """Begin a batch: find its resident rows, and tell the policy of them.
 
     Fills where[i] with the slot of rows[i], or -1, and held with the distinct slots.
     Returns (distinct hits, positions missing, distinct hits whose bytes are still on their way).
     """
-    keys, stamps, pins, pending = slots["key"], slots["stamp"], slots["pins"], slots["pending"]
+    keys, stamps, pending = slots["key"], slots["stamp"], slots["pending"]
     if counters[BATCH] == _LAST_STAMP:
         stamps[:] = 0
         seen[:] = 0
@@ -157,38 +175,47 @@ def probe(
     batch = np.int32(counters[BATCH])
     slots_at = slots.ctypes.data
     size = rows.size
-    num_held = missing = waiting = pinned = 0
-    for start in range(0, size + 2 * _BLOCK if size > 4 else 1, _BLOCK):
-        if size > 4:
-            for i in range(start, min(start + _BLOCK, size)):
-                prefetch(index.address(table, rows[i]))
-            for i in range(max(start - _BLOCK, 0), min(start, size)):
-                slot = index.candidate(table, rows[i])
-                where[i] = slot
-                prefetch(slots_at + 16 * slot)
-            first, stop = max(start - 2 * _BLOCK, 0), min(start - _BLOCK, size)
-        else:
-            first, stop = 0, size
-            for i in range(size):
-                where[i] = index.candidate(table, rows[i])
-        for i in range(first, stop):
-            slot = int64(where[i])
-            if slot >= 0 and keys[slot] != rows[i]:
-                slot = index.find(table, keys, rows[i])
-                where[i] = slot
-            if slot < 0:
-                missing += 1
-            elif stamps[slot] != batch:
-                stamps[slot] = batch
-                pinned += pins[slot] == 0
-                pins[slot] += np.int16(1)
-                waiting += pending[slot] != 0
-                held[num_held] = slot
-                num_held += 1
-                on_hit(state, keys, slot)
-    counters[PINNED] += pinned
+    num_held = missing = waiting = 0
+    distance = _AHEAD if size > 4 else 0
+    for i in range(min(distance, size)):
+        prefetch(index.address(table, rows[i]))
+    for near in range(size + distance):
+        if near + distance < size:
+            prefetch(index.address(table, rows[near + distance]))
+        if near < size:
+            slot = index.candidate(table, rows[near])
+            where[near] = slot
+            prefetch(slots_at + 16 * slot)
+        i = near - distance
+        if i < 0:
+            continue
+        slot = int64(where[i])
+        if slot >= 0 and keys[slot] != rows[i]:
+            slot = index.find(table, keys, rows[i])
+            where[i] = slot
+        if slot < 0:
+            missing += 1
+        elif stamps[slot] != batch:
+            stamps[slot] = batch
+            waiting += pending[slot] != 0
+            held[num_held] = slot
+            num_held += 1
+            on_hit(state, keys, slot)
     counters[HITS] += num_held
     return num_held, missing, waiting
+
+
+@lean
+def pin(slots: Any, counters: Any, held: Any) -> None:
+    """Pin distinct slots, once each."""
+    pins = slots["pins"]
+    base = slots.ctypes.data
+    for i in range(held.size):
+        if i + 16 < held.size:
+            prefetch(base + 16 * int64(held[i + 16]))
+        slot = held[i]
+        counters[PINNED] += pins[slot] == 0
+        pins[slot] += np.int16(1)
 
 
 @lean
@@ -302,10 +329,11 @@ def replay(
         num_held, missing, _ = probe(slots, table, seen, counters, state, batch, where, held)
         batch_hits[b] = num_held
         if missing:
+            pin(slots, counters, held[:num_held])
             num_held, _, _ = admit(
                 slots, table, seen, counters, state, batch, where, misses, fill, held, num_held, 0
             )
-        unpin(slots, counters, held[:num_held])
+            unpin(slots, counters, held[:num_held])
 
 
 @lean

@@ -132,7 +132,7 @@ def copy(destination: int, source: int, num_bytes: int) -> None:
     ctypes.memmove(int(destination), int(source), int(num_bytes))
 
 
-@overload(copy)
+@overload(copy, inline="always")
 def _copy(destination, source, num_bytes):  # type: ignore[no-untyped-def]
     def words(destination, source, num_bytes):  # type: ignore[no-untyped-def]
         at = np.int64(0)
@@ -149,8 +149,12 @@ def _copy(destination, source, num_bytes):  # type: ignore[no-untyped-def]
     return words
 
 
+PREFETCH_BYTES = 128
+"""Bytes that one prefetch brings: processors fetch the neighbour of a line with it."""
+
+
 def prefetch(address: int) -> None:
-    """Ask for the cache line at an address. A hint: any address is allowed."""
+    """Ask for the cache line at an address, into the second-level cache. A hint: any address is allowed."""
 
 
 @intrinsic
@@ -159,7 +163,7 @@ def _prefetch_line(context, address):  # type: ignore[no-untyped-def]
         pointer, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
         declared = ir.FunctionType(ir.VoidType(), [pointer, int32, int32, int32])
         function = cgutils.get_or_insert_function(builder.module, declared, "llvm.prefetch.p0")
-        flags = [ir.Constant(int32, flag) for flag in (0, 3, 1)]
+        flags = [ir.Constant(int32, flag) for flag in (0, 1, 1)]
         builder.call(function, [builder.inttoptr(arguments[0], pointer), *flags])
         return context.get_dummy_value()
 

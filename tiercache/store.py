@@ -7,7 +7,8 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ import torch
 from tiercache.config import HostConfig, StoreConfig
 from tiercache.errors import ClosedError, ConfigError, StorageError
 from tiercache.flight import Flight, Ticket
-from tiercache.level import BYPASSES, HITS, MAX_PINS, MISSES, PINNED, SLOT, Level, pending_of
+from tiercache.level import BYPASSES, HITS, MAX_PINS, MISSES, PINNED, SLOT, Level, Plan, pending_of
 from tiercache.policies import POLICIES
 from tiercache.request import Table, output, rows_of
 from tiercache.source import Source
@@ -30,7 +31,7 @@ from tiercache.storage.memory import MemoryTable
 from tiercache.storage.reader import Reader, SourceReader
 from tiercache.storage.reads import Targets
 from tiercache.storage.table import FileTable
-from tiercache.tiers.host import HostBuffer, gather
+from tiercache.tiers.host import HostTier
 
 _PATIENCE_NS = 100_000_000
 """When a prefetch without a deadline is due, in ns from now: behind every fetch, before prefetches for later."""
@@ -58,8 +59,7 @@ class Store:
         self._stride = -(-max(table.record.record_bytes for table in tables.values()) // 8) * 8
         num_rows = sum(table.num_rows for table in tables.values())
         capacity = _capacity(config.host, self._stride, num_rows)
-        self._level = Level(POLICIES[config.host.policy], capacity, options, num_rows)
-        self._buffer = HostBuffer(capacity, self._stride)
+        self._host = HostTier(Level(POLICIES[config.host.policy], capacity, options, num_rows), self._stride)
         on_disk = [table for table in tables.values() if isinstance(table, FileTable)]
         self._disk = (
             Disk(
@@ -161,8 +161,18 @@ class Store:
         wanted = self._table(table)
         rows, shape = rows_of(indices, wanted)
         result = self._output(wanted, shape, stream, out, raw)
-        flight = self._launch(wanted, rows, shape, 0)
-        self._finish(flight, result, raw)
+        verbatim = raw or wanted.verbatim
+        records = result if verbatim else torch.empty((rows.size, wanted.record.record_bytes), dtype=torch.uint8)
+        with self._entered():
+            plan = self._host.fetch(rows, wanted.reader.num_reads, records.data_ptr(), wanted.record.record_bytes)
+            self._fetches += 1
+            self._rows += rows.size
+            flight = None if plan is None else self._hold(wanted, shape, plan)
+        if flight is not None:
+            self._read(flight, 0)
+            self._finish(flight, records)
+        if not verbatim:
+            wanted.record.decode_to(records, result.view(-1, wanted.record.dim))
         return result
 
     def prefetch(self, indices: Any, *, deadline: float | None = None, table: str | None = None) -> Ticket:
@@ -177,17 +187,23 @@ class Store:
             raise ValueError(f"deadline = {deadline!r}: allowed are seconds from now, 0 or more")
         rows, shape = rows_of(indices, wanted)
         due = time.monotonic_ns() + (_PATIENCE_NS if deadline is None else int(min(deadline, 1e9) * 1e9))
-        return Ticket(self, self._launch(wanted, rows, shape, due), self._abandoned.append)
+        with self._entered():
+            plan = self._host.level.plan(rows, wanted.reader.num_reads)
+            self._fetches += 1
+            self._rows += rows.size
+            flight = self._hold(wanted, shape, plan)
+        self._read(flight, due)
+        return Ticket(self, flight, self._abandoned.append)
 
     def stats(self) -> StoreStats:
         """Counts since open, and what serves."""
         with self._lock:
             self._require_open()
-            level, counters = self._level, self._level.counters
+            level, counters = self._host.level, self._host.level.counters
             host = LevelStats(
                 policy=level.policy.name,
                 capacity_slots=level.capacity,
-                capacity_bytes=self._buffer.slots.nbytes,
+                capacity_bytes=self._host.buffer.slots.nbytes,
                 bookkeeping_bytes=level.nbytes,
                 used_slots=int(np.count_nonzero(level.slots["key"] >= 0)),
                 pinned_slots=int(counters[PINNED]),
@@ -209,10 +225,10 @@ class Store:
             if self._closed:
                 return
             self._reap()
-            self._level.check()
+            self._host.level.check()
             if self._flights == 0:
-                assert self._level.counters[PINNED] == 0, "slots are pinned and nothing is in flight"
-                assert not self._level.slots["pending"].any(), "slots are pending and nothing is in flight"
+                assert self._host.level.counters[PINNED] == 0, "slots are pinned and nothing is in flight"
+                assert not self._host.level.slots["pending"].any(), "slots are pending and nothing is in flight"
 
     def close(self) -> None:
         """End everything that `open` began: reads in flight land, the others are given up. A second close does nothing.
@@ -256,8 +272,9 @@ class Store:
             return output(out, (*shape, table.record.record_bytes), torch.uint8)
         return output(out, (*shape, table.record.dim), table.dtype)
 
-    def _launch(self, table: Table, rows: npt.NDArray[np.int64], shape: tuple[int, ...], due_ns: int) -> Flight:
-        """Plan a batch and begin its reads."""
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """The lock of a store that serves this process and has room for a flight."""
         if os.getpid() != self._process:
             raise ClosedError("this store was opened in another process; open it again in this one")
         with self._lock:
@@ -266,22 +283,24 @@ class Store:
                 self._reap()
             if self._flights >= MAX_PINS:
                 raise RuntimeError(f"{self._flights} tickets are in flight; take, cancel or drop some")
-            level = self._level
-            plan = level.plan(rows, table.reader.num_reads)
-            flight = Flight(table, shape, plan)
-            self._flights += 1
-            self._fetches += 1
-            self._rows += rows.size
-            if plan.pending:
-                borrowed = np.empty(plan.pending, np.int32)
-                flight.borrowed = borrowed[: pending_of(level.slots, plan.held[: plan.hits], borrowed)]
-                flight.borrowed_rows = level.slots["key"][flight.borrowed]
-        if plan.misses.size or flight.borrowed.size:
-            self._read(flight, due_ns)
+            yield
+
+    def _hold(self, table: Table, shape: tuple[int, ...], plan: Plan) -> Flight:
+        """A flight of what was planned. Under the lock."""
+        flight = Flight(table, shape, plan)
+        self._flights += 1
+        if plan.pending:
+            level = self._host.level
+            borrowed = np.empty(plan.pending, np.int32)
+            flight.borrowed = borrowed[: pending_of(level.slots, plan.held[: plan.hits], borrowed)]
+            flight.borrowed_rows = level.slots["key"][flight.borrowed]
         return flight
 
     def _read(self, flight: Flight, due_ns: int) -> None:
+        """Begin a flight's reads."""
         table, plan = flight.table, flight.plan
+        if not plan.misses.size and not flight.borrowed.size:
+            return
         flight.staging = np.empty((plan.staged, self._stride), np.uint8)
         try:
             flight.job = self._submit(flight, plan.misses, plan.fill, flight.borrowed_rows, due_ns)
@@ -297,7 +316,7 @@ class Store:
         wanted: npt.NDArray[np.int64],
         due_ns: int,
     ) -> Any:
-        slots, entries = self._buffer.slots, self._level.slots
+        slots, entries = self._host.buffer.slots, self._host.level.slots
         targets = Targets(
             slots.ctypes.data,
             self._stride,
@@ -323,37 +342,26 @@ class Store:
             raise RuntimeError("this ticket was taken or cancelled before")
         if os.getpid() != self._process:
             raise ClosedError("this store was opened in another process; open it again in this one")
-        self._finish(flight, result, raw)
+        record = flight.table.record
+        if raw or flight.table.verbatim:
+            self._finish(flight, result)
+        else:
+            records = torch.empty((flight.plan.where.size, record.record_bytes), dtype=torch.uint8)
+            self._finish(flight, records)
+            record.decode_to(records, result.view(-1, record.dim))
         return result
 
-    def _finish(self, flight: Flight, result: torch.Tensor, raw: bool) -> None:
-        """Wait for a flight's rows, write them to `result`, let go of it."""
+    def _finish(self, flight: Flight, records: torch.Tensor) -> None:
+        """Wait for a flight's rows, write their records, let go of it."""
         try:
             if flight.job is not None:
                 self._await(flight)
-            if raw or flight.table.verbatim:
-                self._gather(flight, result)
-            else:
-                record = flight.table.record
-                records = torch.empty((flight.plan.where.size, record.record_bytes), dtype=torch.uint8)
-                self._gather(flight, records)
-                record.decode_to(records, result.view(-1, record.dim))
+            num_bytes = flight.table.record.record_bytes
+            self._host.gather(flight.plan.where, flight.staging, records.data_ptr(), num_bytes)
             self._release(flight)
         finally:
             if not flight.released:
                 self._abandoned.append(flight)
-
-    def _gather(self, flight: Flight, out: torch.Tensor) -> None:
-        slots, staging = self._buffer.slots, flight.staging
-        gather(
-            flight.plan.where,
-            slots.ctypes.data,
-            self._stride,
-            staging.ctypes.data,
-            self._stride,
-            out.data_ptr(),
-            flight.table.record.record_bytes,
-        )
 
     def _await(self, flight: Flight) -> None:
         """Wait until every row of a flight has arrived. Rows that another flight failed to bring are read again."""
@@ -363,10 +371,10 @@ class Store:
         self._raise_error(flight, job)
         if not flight.borrowed.size:
             return
-        flags = self._level.slots.ctypes.data + _PENDING + SLOT.itemsize * flight.borrowed.astype(np.int64)
+        flags = self._host.level.slots.ctypes.data + _PENDING + SLOT.itemsize * flight.borrowed.astype(np.int64)
         while not q.wait_flags(self._queue, flags):
             pass
-        entries = self._level.slots[flight.borrowed]
+        entries = self._host.level.slots[flight.borrowed]
         lost = (entries["pending"] != 0) | (entries["key"] != flight.borrowed_rows)
         if lost.any():
             self._read_again(flight, flight.borrowed[lost], flight.borrowed_rows[lost])
@@ -406,8 +414,8 @@ class Store:
         flight.released = True
         plan = flight.plan
         if failed:
-            self._level.drop(plan.held[plan.hits :])
-        self._level.unpin(plan.held)
+            self._host.level.drop(plan.held[plan.hits :])
+        self._host.level.unpin(plan.held)
         self._flights -= 1
 
     def _reap(self) -> None:

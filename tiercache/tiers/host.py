@@ -1,4 +1,4 @@
-"""The host tier's bytes: one buffer in huge pages, and the gather out of it.
+"""The host tier: a level, its bytes in one buffer of huge pages, and the gather out of it.
 
 `gather` is `torch.cat([slots, staging])[where]` in one pass over places, asking for each record's lines before it copies it.
 """
@@ -7,10 +7,12 @@ import mmap
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from tiercache.native import copy, int64, lean, prefetch
+from tiercache.level import Level, Plan
+from tiercache.native import PREFETCH_BYTES, copy, int64, lean, prefetch
 
-_AHEAD = 16
+_AHEAD = 32
 
 
 class HostBuffer:
@@ -33,8 +35,33 @@ def gather(where: Any, slots: int, slot_stride: int, staging: int, staging_strid
             place = int64(where[i + _AHEAD])
             if place >= 0:
                 begin = slots + place * slot_stride
-                for line in range(begin & ~63, begin + num_bytes, 64):
+                for line in range(begin, begin + num_bytes, PREFETCH_BYTES):
                     prefetch(line)
         place = int64(where[i])
         source = slots + place * slot_stride if place >= 0 else staging + ~place * staging_stride
         copy(out + i * num_bytes, source, num_bytes)
+
+
+class HostTier:
+    """A level and its buffer. Not safe from several threads: the store locks."""
+
+    def __init__(self, level: Level, slot_bytes: int) -> None:
+        self.level = level
+        self.buffer = HostBuffer(level.capacity, slot_bytes)
+        self.stride = slot_bytes
+
+    def fetch(self, rows: npt.NDArray[np.int64], num_reads: int, out: int, num_bytes: int) -> Plan | None:
+        """Plan a batch; None if every row was resident, and then its records (of `num_bytes` bytes) are at address `out`."""
+        where, held, found = self.level.probe(rows)
+        if found[1] or found[2]:
+            return self.level.settle(rows, where, held, found, num_reads)
+        self.gather(where, _NO_RECORDS, out, num_bytes)
+        return None
+
+    def gather(self, where: npt.NDArray[np.int32], staging: npt.NDArray[np.uint8], out: int, num_bytes: int) -> None:
+        """Copy the records of these places to address `out`. staging: uint8[s, stride]."""
+        gather(where, self.buffer.slots.ctypes.data, self.stride, staging.ctypes.data, self.stride, out, num_bytes)
+
+
+
+_NO_RECORDS = np.empty((0, 8), np.uint8)
