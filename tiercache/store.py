@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -59,7 +59,7 @@ class Store:
         self._stride = -(-max(table.record.record_bytes for table in tables.values()) // 8) * 8
         num_rows = sum(table.num_rows for table in tables.values())
         capacity = _capacity(config.host, self._stride, num_rows)
-        self._host = HostTier(Level(POLICIES[config.host.policy], capacity, options, num_rows), self._stride)
+        self._host = HostTier(_level(config.host.policy, capacity, options, num_rows), self._stride)
         on_disk = [table for table in tables.values() if isinstance(table, FileTable)]
         self._disk = (
             Disk(
@@ -75,7 +75,7 @@ class Store:
         self._queue = self._disk.engine.queue if self._disk else q.new_queue()
         self._sources: list[SourceReader] = []
         self._tables = self._open_readers(tables)
-        self._finalizer = weakref.finalize(self, _end, self._disk, self._sources)
+        self._finalizer = weakref.finalize(self, _end, self._process, self._disk, self._sources)
 
     @classmethod
     def open(
@@ -197,6 +197,7 @@ class Store:
 
     def stats(self) -> StoreStats:
         """Counts since open, and what serves."""
+        self._require_here()
         with self._lock:
             self._require_open()
             level, counters = self._host.level, self._host.level.counters
@@ -221,6 +222,7 @@ class Store:
 
     def check(self) -> None:
         """Raise AssertionError where the books do not add up. Reads every slot's entry: for tests, and for doubts."""
+        self._require_here()
         with self._lock:
             if self._closed:
                 return
@@ -259,6 +261,10 @@ class Store:
             raise KeyError(f"table = {name!r}: this store has {', '.join(self._tables)}")
         return self._tables[name]
 
+    def _require_here(self) -> None:
+        if os.getpid() != self._process:
+            raise ClosedError("this store was opened in another process; open it again in this one")
+
     def _require_open(self) -> None:
         if self._closed:
             raise ClosedError("the store is closed")
@@ -275,8 +281,7 @@ class Store:
     @contextmanager
     def _entered(self) -> Iterator[None]:
         """The lock of a store that serves this process and has room for a flight."""
-        if os.getpid() != self._process:
-            raise ClosedError("this store was opened in another process; open it again in this one")
+        self._require_here()
         with self._lock:
             self._require_open()
             if self._abandoned:
@@ -340,8 +345,10 @@ class Store:
         result = self._output(flight.table, flight.shape, stream, out, raw)
         if ticket._claim() is not flight:
             raise RuntimeError("this ticket was taken or cancelled before")
-        if os.getpid() != self._process:
-            raise ClosedError("this store was opened in another process; open it again in this one")
+        self._require_here()
+        if self._closed:
+            self._abandoned.append(flight)
+            self._require_open()
         record = flight.table.record
         if raw or flight.table.verbatim:
             self._finish(flight, result)
@@ -399,7 +406,7 @@ class Store:
             flight.table.reader.raise_error(job)
         except BaseException as error:
             self._release(flight, failed=True)
-            if self._closed and isinstance(error, StorageError):
+            if self._closed and isinstance(error, OSError):
                 raise ClosedError("the store was closed before the rows had been read") from error
             raise
 
@@ -428,6 +435,14 @@ class Store:
                 self._let_go(flight, flight.job is not None and not flight.job.succeeded)
 
 
+def _level(policy: str, capacity: int, options: Mapping[str, Any], num_rows: int) -> Level:
+    """The books of the host tier. ConfigError where the policy does not take these parameters."""
+    try:
+        return Level(POLICIES[policy], capacity, options, num_rows)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"host.policy_options = {dict(options)}: policy {policy!r} refuses them: {error}") from error
+
+
 def _capacity(host: HostConfig, stride: int, num_rows: int) -> int:
     """Slots of the host tier: what fits its bytes, and never more than there are rows."""
     if host.capacity < stride:
@@ -440,9 +455,12 @@ def _capacity(host: HostConfig, stride: int, num_rows: int) -> int:
 _NO_ROWS = np.empty(0, np.int64)
 
 
-def _end(disk: Disk | None, sources: list[SourceReader]) -> None:
-    """End what a store's `open` began."""
-    for source in sources:
-        source.close()
-    if disk is not None:
-        disk.close()
+def _end(process: int, disk: Disk | None, sources: list[SourceReader]) -> None:
+    """End what a store's `open` began, all of it even if a source's `close` fails; in the process that opened it only."""
+    if process != os.getpid():
+        return
+    with ExitStack() as stack:
+        if disk is not None:
+            stack.callback(disk.close)
+        for source in sources:
+            stack.callback(source.close)

@@ -1,5 +1,6 @@
 """Descriptors: the files of a store's tables, open for reading with O_DIRECT where the file system takes it."""
 
+import errno
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tiercache.errors import StorageError
 from tiercache.native import SYS_STATX, pread, syscall
 from tiercache.storage.engine import aligned_buffer
 from tiercache.storage.table import TableFile, require_unchanged, storage_error
@@ -28,9 +30,13 @@ class OpenFiles(NamedTuple):
     refusal: str | None
 
     def require_unchanged(self, numbers: Sequence[int]) -> None:
-        """StorageError (ESTALE) where one of these files is not any more what it was when it was opened."""
+        """StorageError (ESTALE) where one of these files is not any more what it was when it was opened, or has no name."""
         for number in numbers:
-            require_unchanged(int(self.descriptors[number]), self.files[number])
+            file, status = self.files[number], os.fstat(int(self.descriptors[number]))
+            if (status.st_size, status.st_dev, status.st_ino, status.st_mtime_ns) != file[1:]:
+                raise StorageError(errno.ESTALE, "the file changed since the table was opened", str(file.path))
+            if status.st_nlink == 0:
+                raise StorageError(errno.ESTALE, "the file was deleted or replaced since it was opened", str(file.path))
 
     def close(self) -> None:
         """Close every descriptor."""

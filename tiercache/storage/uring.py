@@ -93,6 +93,7 @@ class UringEngine:
         self.queue = queue
         self._alignment = alignment
         self._buffer = aligned_buffer(depth * slot_bytes)
+        self._lock = threading.Lock()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         try:
             self._map_ring(depth)
@@ -148,15 +149,19 @@ class UringEngine:
             give_up(self.queue, EIO)
 
     def wake(self) -> None:
-        os.eventfd_write(self._wake, 1)
+        with self._lock:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
         stop(self.queue)
         self.wake()
         if self._thread.ident is not None:
             self._thread.join()
-        os.close(self._file)
-        os.close(self._wake)
+        with self._lock:
+            os.close(self._file)
+            os.close(self._wake)
+            self._wake = -1
 
 
 @lean
