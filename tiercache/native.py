@@ -132,7 +132,7 @@ def copy(destination: int, source: int, num_bytes: int) -> None:
     ctypes.memmove(int(destination), int(source), int(num_bytes))
 
 
-@overload(copy, inline="always")
+@overload(copy, jit_options={"forceinline": True})
 def _copy(destination, source, num_bytes):  # type: ignore[no-untyped-def]
     def words(destination, source, num_bytes):  # type: ignore[no-untyped-def]
         at = np.int64(0)
@@ -147,6 +147,50 @@ def _copy(destination, source, num_bytes):  # type: ignore[no-untyped-def]
             at += 1
 
     return words
+
+
+@intrinsic
+def _stream64(context, destination, source):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        line = ir.VectorType(ir.IntType(64), 8).as_pointer()
+        target, origin = (builder.inttoptr(argument, line) for argument in arguments)
+        store = builder.store(builder.load(origin, align=8), target, align=64)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), emit
+
+
+@intrinsic
+def _fence(context):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+def stream(destination: int, source: int, num_bytes: int) -> None:
+    """Copy whole 64-byte lines past the caches, to an address that is a multiple of 64. `fence` before it is read."""
+    ctypes.memmove(int(destination), int(source), int(num_bytes))
+
+
+@overload(stream)
+def _stream(destination, source, num_bytes):  # type: ignore[no-untyped-def]
+    def lines(destination, source, num_bytes):  # type: ignore[no-untyped-def]
+        for at in range(0, num_bytes, 64):
+            _stream64(destination + at, source + at)
+
+    return lines
+
+
+def fence() -> None:
+    """Everything stored so far is seen by every thread before what follows."""
+
+
+@overload(fence)
+def _fence_twin():  # type: ignore[no-untyped-def]
+    return lambda: _fence()
 
 
 PREFETCH_BYTES = 128

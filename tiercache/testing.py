@@ -34,7 +34,7 @@ def oracle(rows: npt.ArrayLike, num_bytes: int) -> npt.NDArray[np.uint8]:
     words = np.asarray(rows, np.int64).astype(np.uint64)[..., None] * _MIX[2] + np.arange(-(-num_bytes // 8), dtype=np.uint64)
     words = (words ^ (words >> np.uint64(30))) * _MIX[0]
     words = (words ^ (words >> np.uint64(27))) * _MIX[1]
-    return (words ^ (words >> np.uint64(31))).view(np.uint8)[..., :num_bytes]
+    return np.ascontiguousarray((words ^ (words >> np.uint64(31))).view(np.uint8)[..., :num_bytes])
 
 
 class OracleSource:

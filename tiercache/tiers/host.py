@@ -10,9 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.level import Level, Plan
-from tiercache.native import PREFETCH_BYTES, copy, int64, lean, prefetch
+from tiercache.native import PREFETCH_BYTES, copy, fence, int64, lean, prefetch, stream
 
 _AHEAD = 32
+_STREAM_BYTES = 2048
+_LARGE_BYTES = 4 << 20
+"""Outputs from this size on are written past the caches, whose second level they exceed."""
 
 
 class HostBuffer:
@@ -29,17 +32,46 @@ class HostBuffer:
 @lean
 def gather(where: Any, slots: int, slot_stride: int, staging: int, staging_stride: int, out: int, num_bytes: int) -> None:
     """Copy record i from its place where[i] (int32[n]) to out + i * num_bytes. Addresses and strides in bytes."""
-    size = where.size
-    for i in range(size):
-        if i + _AHEAD < size:
-            place = int64(where[i + _AHEAD])
-            if place >= 0:
-                begin = slots + place * slot_stride
-                for line in range(begin, begin + num_bytes, PREFETCH_BYTES):
-                    prefetch(line)
+    for i in range(where.size):
+        _ask(where, i + _AHEAD, slots, slot_stride, num_bytes)
         place = int64(where[i])
         source = slots + place * slot_stride if place >= 0 else staging + ~place * staging_stride
         copy(out + i * num_bytes, source, num_bytes)
+
+
+@lean
+def gather_streaming(
+    where: Any, slots: int, slot_stride: int, staging: int, staging_stride: int, out: int, num_bytes: int, buffer: int
+) -> None:
+    """`gather` for an output that no cache holds: records are laid side by side in `buffer` and leave it as whole lines.
+
+    So the output's lines are not read before they are written. `out` is a multiple of 64; `buffer` has room for
+    _STREAM_BYTES and one record.
+    """
+    filled = int64(0)
+    for i in range(where.size):
+        _ask(where, i + _AHEAD, slots, slot_stride, num_bytes)
+        place = int64(where[i])
+        source = slots + place * slot_stride if place >= 0 else staging + ~place * staging_stride
+        copy(buffer + filled, source, num_bytes)
+        filled += num_bytes
+        if filled >= _STREAM_BYTES:
+            whole = filled & ~63
+            stream(out, buffer, whole)
+            out += whole
+            filled -= whole
+            copy(buffer, buffer + whole, filled)
+    copy(out, buffer, filled)
+    fence()
+
+
+@lean
+def _ask(where: Any, i: int, slots: int, slot_stride: int, num_bytes: int) -> None:
+    """Ask for the record of a position, if it is in a slot."""
+    if i < where.size and where[i] >= 0:
+        begin = slots + int64(where[i]) * slot_stride
+        for line in range(begin, begin + num_bytes, PREFETCH_BYTES):
+            prefetch(line)
 
 
 class HostTier:
@@ -60,7 +92,12 @@ class HostTier:
 
     def gather(self, where: npt.NDArray[np.int32], staging: npt.NDArray[np.uint8], out: int, num_bytes: int) -> None:
         """Copy the records of these places to address `out`. staging: uint8[s, stride]."""
-        gather(where, self.buffer.slots.ctypes.data, self.stride, staging.ctypes.data, self.stride, out, num_bytes)
+        slots, stride = self.buffer.slots.ctypes.data, self.stride
+        if where.size * num_bytes < _LARGE_BYTES or num_bytes > _STREAM_BYTES or out % 64:
+            gather(where, slots, stride, staging.ctypes.data, stride, out, num_bytes)
+        else:
+            buffer = np.empty(2 * _STREAM_BYTES, np.uint8)
+            gather_streaming(where, slots, stride, staging.ctypes.data, stride, out, num_bytes, buffer.ctypes.data)
 
 
 
