@@ -38,7 +38,8 @@ def rows_of(indices: Any, table: Table) -> tuple[npt.NDArray[np.int64], tuple[in
             array = array.astype(np.int64)
         if array.dtype.kind not in "iu":
             raise TypeError(f"indices are {array.dtype}; row numbers are integers")
-        array = array.astype(array.dtype.newbyteorder("="), copy=False)
+        if not array.dtype.isnative:
+            array = array.astype(np.int64)
     shape = array.shape
     rows = np.empty(array.size, np.int64)
     bad = _localise(np.ascontiguousarray(array).reshape(-1), table.base, table.num_rows, rows)

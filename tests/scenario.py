@@ -1,0 +1,81 @@
+"""A small run of everything: tables of all kinds, both engines, prefetches, faults. Run as a script: prints what came of it.
+
+Prints a digest of every byte served, and the counts, as JSON; `python scenario.py EMPTY_DIRECTORY`.
+"""
+
+import errno
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from stores import ENGRAM, config_of, write_engram, write_shards
+
+from tiercache.errors import StorageError
+from tiercache.storage.memory import MemoryTable
+from tiercache.storage.pack import pack_rows
+from tiercache.store import Store
+from tiercache.testing import FaultySource, broken, oracle
+
+
+def run(directory, engine, direct, policy):
+    """Digest and counts of one store; bytes are compared with the oracle on the way."""
+    records = oracle(np.arange(90), 264)
+    config = config_of(capacity=12 * 264, engine=engine, direct=direct, policy=policy, verify="off")
+    config["table"] = [
+        {"name": "shards", "path": directory / "model.safetensors.index.json", "fields": ["rows.{shard}"]},
+        {"name": "fields", "path": directory / "engram.safetensors", "fields": ["weight", "scale"]},
+        {"name": "resident", "path": directory / "engram.safetensors", "fields": ["weight", "scale"], "resident": ["scale"]},
+        {"name": "packed", "path": directory / "packed"},
+    ]
+    faulty = FaultySource(MemoryTable(records, ENGRAM), errors=dict.fromkeys(range(0, 90, 9), errno.EIO))
+    digest, failures = hashlib.sha256(), []
+    random = np.random.default_rng(1)
+    with Store.open(config, tables={"memory": records, "faulty": faulty}) as store:
+        for number in range(24):
+            table = store.tables[number % len(store.tables)]
+            rows = random.integers(0, 90, int(random.integers(0, 20)))
+            try:
+                ticket = store.prefetch(rows[::-1].copy(), table=table, deadline=float(random.random()))
+                served = store.fetch(rows, table=table, raw=True).numpy()
+                assert np.array_equal(ticket.take(raw=True).numpy(), records[rows][::-1])
+            except StorageError as error:
+                failures.append(error.errno)
+                continue
+            assert np.array_equal(served, records[rows])
+            digest.update(served.tobytes())
+            digest.update(store.fetch(rows[:3], table=table).float().numpy().tobytes())
+        with broken(directory / "0.safetensors"):
+            for row in range(3):
+                try:
+                    store.fetch([row, 80], table="shards")
+                except StorageError as error:
+                    failures.append(error.errno)
+        digest.update(store.fetch(range(90), table="shards").numpy().tobytes())
+        store.check()
+        stats = store.stats()
+    counts = [stats.host.hits, stats.host.misses, stats.host.bypasses, stats.fetches, stats.rows]
+    return [digest.hexdigest(), counts, failures]
+
+
+def verified(directory):
+    """Digest of rows whose pages are checked."""
+    config = config_of(directory / "packed", capacity=264 * 5, verify="page")
+    with Store.open(config) as store:
+        return hashlib.sha256(store.fetch([0, 5, 17], raw=True).numpy().tobytes()).hexdigest()
+
+
+def main(directory):
+    records = oracle(np.arange(90), 264)
+    write_shards(directory, records, 3)
+    write_engram(directory / "engram.safetensors", records)
+    pack_rows(MemoryTable(records, ENGRAM), directory / "packed")
+    results = {"verified": verified(directory)}
+    for engine, direct, policy in [("uring", True, "s3fifo"), ("threads", False, "wtinylfu"), ("uring", False, "sieve")]:
+        results[f"{engine} {direct} {policy}"] = run(directory, engine, direct, policy)
+    return results
+
+
+if __name__ == "__main__":
+    json.dump(main(Path(sys.argv[1])), sys.stdout)
