@@ -29,7 +29,7 @@ BATCH, PINNED, HITS, MISSES, BYPASSES = range(5)
 MAX_PINS = 32_000
 """Plans that may hold one slot at the same time."""
 
-_AHEAD = 32
+_AHEAD = 64
 """Rows between asking for an index line, reading it, and using the slot's line that it leads to."""
 _LAST_STAMP = 2**31 - 1
 

@@ -193,8 +193,8 @@ def _fence_twin():  # type: ignore[no-untyped-def]
     return lambda: _fence()
 
 
-PREFETCH_BYTES = 128
-"""Bytes that one prefetch brings: processors fetch the neighbour of a line with it."""
+PREFETCH_BYTES = 64
+"""Bytes that one prefetch brings: a cache line."""
 
 
 def prefetch(address: int) -> None:

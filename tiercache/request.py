@@ -55,11 +55,16 @@ def rows_of(indices: Any, table: Table) -> tuple[npt.NDArray[np.int64], tuple[in
 @jit
 def _localise(indices: Any, base: int, num_rows: int, rows: Any) -> int:
     """rows[i] = base + indices[i]; the first position that is out of range, or -1."""
+    sign = np.int64(0)
     for i in range(indices.size):
         row = np.int64(indices[i])
-        if row < 0 or row >= num_rows:
-            return i
         rows[i] = base + row
+        sign |= row | (num_rows - 1 - row)
+    if sign < 0:
+        for i in range(indices.size):
+            row = np.int64(indices[i])
+            if row < 0 or row >= num_rows:
+                return i
     return -1
 
 

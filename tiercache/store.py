@@ -381,6 +381,7 @@ class Store:
         flags = self._host.level.slots.ctypes.data + _PENDING + SLOT.itemsize * flight.borrowed.astype(np.int64)
         while not q.wait_flags(self._queue, flags):
             pass
+        self._raise_error(flight, job)
         entries = self._host.level.slots[flight.borrowed]
         lost = (entries["pending"] != 0) | (entries["key"] != flight.borrowed_rows)
         if lost.any():
@@ -432,7 +433,7 @@ class Store:
             if not flight.done:
                 self._abandoned.append(flight)
             else:
-                self._let_go(flight, flight.job is not None and not flight.job.succeeded)
+                self._let_go(flight, flight.job is not None and not flight.table.reader.brought(flight.job))
 
 
 def _level(policy: str, capacity: int, options: Mapping[str, Any], num_rows: int) -> Level:

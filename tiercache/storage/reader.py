@@ -73,6 +73,9 @@ class Reader(Protocol):
     def raise_error(self, job: Job) -> None:
         """StorageError if a read of a job that is done has failed, or its files have changed meanwhile."""
 
+    def brought(self, job: Job) -> bool:
+        """Whether `raise_error` would not raise."""
+
 
 class FileReader:
     """Reads a file table through an engine's queue."""
@@ -124,6 +127,15 @@ class FileReader:
                 number, f"{what} (read of {length} bytes at offset {offset}; {failed} of {len(reads)} reads failed)", str(path)
             )
         self._open.require_unchanged(q.files_of(reads))
+        if job.memory[2].size:
+            self._open.require_unchanged(np.unique(job.memory[2] >> FILE_BITS).tolist())
+
+    def brought(self, job: Job) -> bool:
+        try:
+            self.raise_error(job)
+        except OSError:
+            return False
+        return True
 
 
 class SourceReader:
@@ -133,6 +145,7 @@ class SourceReader:
 
     def __init__(self, source: Source, queue: q.Queue) -> None:
         self._source, self._queue = source, queue
+        self._closing = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tiercache-source")
 
     def submit(
@@ -153,6 +166,8 @@ class SourceReader:
         records = np.empty((rows.size, self._source.record.record_bytes), np.uint8)
         number = errno.EIO
         try:
+            if self._closing:
+                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
             if rows.size:
                 self._source.read(rows, records)
             number = 0
@@ -167,8 +182,12 @@ class SourceReader:
         if error is not None:
             raise StorageError(error.errno or errno.EIO, f"the source failed: {error}") from error
 
+    def brought(self, job: Job) -> bool:
+        return job.succeeded
+
     def close(self) -> None:
-        """End the thread, after the reads that were begun, and let go of the source."""
+        """End the thread, after the read that was begun, and let go of the source."""
+        self._closing = True
         self._pool.shutdown(wait=True, cancel_futures=False)
         self._source.close()
 

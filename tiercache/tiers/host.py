@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tiercache.level import Level, Plan
 from tiercache.native import PREFETCH_BYTES, copy, fence, int64, lean, prefetch, stream
 
-_AHEAD = 32
+_AHEAD = 48
 _STREAM_BYTES = 2048
 _LARGE_BYTES = 4 << 20
 """Outputs from this size on are written past the caches, whose second level they exceed."""
