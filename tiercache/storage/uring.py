@@ -230,7 +230,7 @@ def serve(queue: Any, ring: Any, alignment: int) -> None:
         if stopping and in_flight == 0:
             return
         store32(words[_SQ_TAIL], tail)
-        wanted = max(int64(1), in_flight // 4)
+        wanted = max(int64(1), min(in_flight // 4, 8))
         result = int64(syscall(SYS_IO_URING_ENTER, words[_FILE], unsubmitted, wanted, _GETEVENTS, 0, 0))
         if result >= 0:
             unsubmitted -= result
