@@ -1,5 +1,7 @@
 """Stores for tests: tables on disk whose bytes are the oracle's, and small configs."""
 
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,14 @@ from tiercache.config import StoreConfig
 from tiercache.records import Field, Record
 from tiercache.storage import open_table
 from tiercache.storage.memory import MemoryTable
+from tiercache.storage.threads import ThreadsEngine
+from tiercache.storage.uring import UringEngine
 from tiercache.store import Store
 from tiercache.testing import oracle
 
 ENGRAM = Record((Field("weight", "F8_E4M3", 256), Field("scale", "F8_E8M0", 8)))
-ENGINES = ("uring", "threads")
+KINDS = {"uring": UringEngine, "threads": ThreadsEngine}
+ENGINES = tuple(KINDS)
 
 
 def write_rows(path: Path, num_rows: int, num_bytes: int, first_row: int = 0) -> Path:
@@ -78,3 +83,24 @@ class StoreSource:
 def oracle_tensor(rows, num_bytes):
     """The oracle's rows as a tensor."""
     return torch.from_numpy(oracle(rows, num_bytes))
+
+
+def is_exact(store, rows, table=None):
+    """Whether a store of 264-byte rows serves the oracle's."""
+    return torch.equal(store.fetch(rows, table=table, raw=True), oracle_tensor(rows, 264))
+
+
+def store_threads():
+    """Threads that belong to stores."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("tiercache-")]
+
+
+def descriptors_of(path):
+    """How many descriptors this process has of a file."""
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            count += os.path.samefile(f"/proc/self/fd/{name}", path)
+        except OSError:
+            continue
+    return count

@@ -1,0 +1,286 @@
+"""What the kernel refuses when a store opens, and how a store ends: close, fork, exit, garbage collection."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from stores import ENGINES, ENGRAM, KINDS, config_of, descriptors_of, is_exact, oracle_tensor, store_threads, write_rows
+
+from tiercache.errors import ClosedError, StorageError
+from tiercache.storage import files, uring
+from tiercache.storage.queue import stop
+from tiercache.store import Store
+from tiercache.testing import FaultySource, OracleSource
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    return write_rows(tmp_path / "t.safetensors", 500, 264)
+
+
+@pytest.fixture
+def source():
+    return FaultySource(OracleSource(100, ENGRAM))
+
+
+# what the kernel refuses
+
+
+@pytest.mark.parametrize("name", ["uring", "auto"])
+def test_io_uring_refused_is_told_once(file, monkeypatch, name):
+    monkeypatch.setattr(uring, "syscall", lambda *words: -errno.EPERM)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.warns(RuntimeWarning, match=r"io_uring is refused .*reading with threads") as told:
+        store = Store.open(config_of(file, engine=name))
+    with store:
+        assert len(told) == 1
+        assert store.stats().storage.engine == "threads"
+        assert len(store.stats().storage.notes) == 1
+        assert is_exact(store, range(0, 500, 3))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("refused", [uring.SYS_IO_URING_SETUP, uring.SYS_IO_URING_REGISTER])
+def test_io_uring_of_an_older_kernel_or_with_little_locked_memory(file, monkeypatch, refused):
+    calls = []
+
+    def syscall(number, a, b, *rest):
+        calls.append(number)
+        if number == refused and calls.count(number) == 1:
+            return -errno.EINVAL if number == uring.SYS_IO_URING_SETUP else -errno.ENOMEM
+        return original(number, a, b, *rest)
+
+    original = uring.syscall
+    monkeypatch.setattr(uring, "syscall", syscall)
+    with Store.open(config_of(file, engine="uring")) as store:
+        assert refused in calls
+        assert (store.stats().storage.engine, store.stats().storage.notes) == ("uring", ())
+        assert is_exact(store, range(0, 500, 3))
+
+
+@pytest.mark.parametrize("stage", ["open", "read"])
+def test_o_direct_refused_is_told_once(file, monkeypatch, engine, stage):
+    def refuse_open(path, flags):
+        if flags & os.O_DIRECT:
+            raise StorageError(errno.EINVAL, "Invalid argument", str(path))
+        return original(path, flags)
+
+    original = files._open
+    if stage == "open":
+        monkeypatch.setattr(files, "_open", refuse_open)
+    else:
+        monkeypatch.setattr(files, "pread", lambda *arguments: -errno.EINVAL)
+    with pytest.warns(RuntimeWarning, match=r"O_DIRECT .*t\.safetensors") as told:
+        store = Store.open(config_of(file, engine=engine))
+    with store:
+        assert len(told) == 1
+        assert store.stats().storage.alignment == 1
+        assert "O_DIRECT" in store.stats().storage.notes[0]
+        assert is_exact(store, range(0, 500, 3))
+        assert descriptors_of(file) == 1
+
+
+def test_a_file_system_in_memory(engine, tmp_path):
+    shared = Path("/dev/shm")
+    if not shared.is_dir():
+        pytest.skip("this machine has no /dev/shm")
+    directory = shared / f"tiercache-{os.getpid()}-{engine}"
+    directory.mkdir()
+    try:
+        config = config_of(write_rows(directory / "t.safetensors", 500, 264), engine=engine)
+        with Store.open(config) as store:
+            assert is_exact(store, range(0, 500, 3))
+    finally:
+        shutil.rmtree(directory)
+
+
+# the end
+
+
+def test_nothing_works_after_close_and_a_second_close_does_nothing(file, source, engine):
+    store = Store.open(config_of(file, engine=engine), tables={"source": source})
+    ready, resident = store.prefetch([1], table="file"), store.prefetch([], table="file")
+    store.close()
+    store.close()
+    calls = [
+        lambda: store.fetch([1], table="file"),
+        lambda: store.fetch([], table="source"),
+        lambda: store.prefetch([1], table="source"),
+        store.stats,
+        ready.take,
+        resident.take,
+        store.__enter__().stats,
+    ]
+    for call in calls:
+        with pytest.raises(ClosedError, match="closed"):
+            call()
+    store.check()
+    assert source.num_closes == 1
+    assert not store_threads()
+    assert descriptors_of(file) == 0
+
+
+def hold(monkeypatch, kind):
+    """An engine of this kind begins to read only when it is closed."""
+    start, close = kind.start, kind.close
+
+    def late(engine):
+        stop(engine.queue)
+        start(engine)
+        close(engine)
+
+    monkeypatch.setattr(kind, "start", lambda engine: None)
+    monkeypatch.setattr(kind, "close", late)
+
+
+def test_close_during_a_prefetch_that_another_thread_waits_for(file, engine, monkeypatch):
+    hold(monkeypatch, KINDS[engine])
+    store = Store.open(config_of(file, engine=engine))
+    tickets = [store.prefetch(range(0, 500, 20)), store.prefetch(range(0, 500, 25), deadline=9)]
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(ticket.take) for ticket in tickets]
+        waiting.append(pool.submit(store.fetch, range(10, 500, 20)))
+        while store.stats().storage.jobs < 3:
+            pass
+        store.close()
+        for future in waiting:
+            with pytest.raises(ClosedError):
+                future.result()
+    assert not store_threads()
+
+
+def test_close_while_a_source_reads(source):
+    source.gate.clear()
+    store = Store.open(config_of(), tables={"t": source})
+    tickets = [store.prefetch([number]) for number in range(5)]
+    source.begun.wait()
+    with ThreadPoolExecutor(6) as pool:
+        waiting = [pool.submit(ticket.take, raw=True) for ticket in tickets]
+        closing = pool.submit(store.close)
+        while not store._closed:
+            pass
+        source.gate.set()
+        closing.result()
+        try:
+            landed = waiting[0].result()
+        except ClosedError:
+            landed = oracle_tensor([0], 264)
+        assert torch.equal(landed, oracle_tensor([0], 264))
+        for future in waiting[1:]:
+            with pytest.raises(ClosedError):
+                future.result()
+    assert len(source.reads) == 1
+
+
+def test_close_ends_everything_though_a_source_cannot_be_closed(file, source, monkeypatch):
+    def fail():
+        raise OSError("no")
+
+    other = FaultySource(OracleSource(5, ENGRAM))
+    monkeypatch.setattr(source, "close", fail)
+    store = Store.open(config_of(file), tables={"bad": source, "good": other})
+    with pytest.raises(OSError, match="no"):
+        store.close()
+    assert other.num_closes == 1
+    assert not store_threads()
+    assert descriptors_of(file) == 0
+
+
+def test_a_store_that_nobody_has_any_more_ends_its_threads(file, source, engine):
+    store = Store.open(config_of(file, engine=engine), tables={"source": source})
+    gone = weakref.ref(store)
+    ticket = store.prefetch(range(300), table="file")
+    assert store_threads()
+    del store
+    assert torch.equal(ticket.take(), oracle_tensor(np.arange(300), 264))
+    del ticket
+    assert gone() is None
+    assert source.num_closes == 1
+    assert not store_threads()
+    assert descriptors_of(file) == 0
+
+
+def in_process(code, *arguments):
+    """Run a program of its own; what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_a_process_that_ends_with_an_open_store(file, engine):
+    code = """
+import sys
+from stores import config_of
+from tiercache.records import plain
+from tiercache.store import Store
+from tiercache.testing import OracleSource
+store = Store.open(config_of(sys.argv[1], engine=sys.argv[2]), tables={"source": OracleSource(99, plain("U8", 264))})
+tickets = [store.prefetch(range(500), table="file", deadline=60) for _ in range(3)] + [store.prefetch([5], table="source")]
+print("end")
+"""
+    assert in_process(code, file, engine) == "end\n"
+
+
+def test_a_forked_process_cannot_use_the_store_and_ends_well(file, engine):
+    code = """
+import os, sys, threading
+from stores import config_of, oracle_tensor
+from tiercache.errors import ClosedError
+from tiercache.records import plain
+from tiercache.store import Store
+from tiercache.testing import OracleSource
+import torch
+store = Store.open(config_of(sys.argv[1], engine=sys.argv[2], capacity=2640), tables={"s": OracleSource(500, plain("U8", 264))})
+ticket = store.prefetch([3], table="file")
+ended = threading.Event()
+def work(table):
+    while not ended.is_set():
+        assert torch.equal(store.fetch(range(0, 500, 9), table=table), oracle_tensor(range(0, 500, 9), 264))
+threads = [threading.Thread(target=work, args=(table,)) for table in ("file", "s")]
+for thread in threads:
+    thread.start()
+for number in range(8):
+    child = os.fork()
+    if child == 0:
+        ended.set()
+        for call in (lambda: store.fetch([1], table="s"), lambda: store.prefetch([1], table="file"), ticket.take, store.stats,
+                     store.check):
+            try:
+                call()
+                os._exit(3)
+            except ClosedError as error:
+                assert "another process" in str(error)
+        if number % 2:
+            store.close()
+        sys.exit(7)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 7, status
+ended.set()
+for thread in threads:
+    thread.join()
+assert torch.equal(ticket.take(), oracle_tensor([3], 264))
+store.check()
+store.close()
+print("end")
+"""
+    assert in_process(code, file, engine) == "end\n"
