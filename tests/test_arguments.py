@@ -131,7 +131,7 @@ def test_a_table_that_is_not_there(store):
         ({"host": {"policy": "best"}}, r"host\.policy = 'best'"),
         ({"host": {"policy": "lru", "policy_options": {"small": 0.1}}}, r"policy_options = .*small.*'lru'"),
         ({"host": {"policy": "s3fifo", "policy_options": {"small": 2}}}, r"policy_options = .*small"),
-        ({"host": {"policy": "static"}}, r"'static'.*hot_rows"),
+        ({"host": {"policy": "static"}}, r"host = .*'static'.*needs one"),
         ({"hots": {}}, "hots"),
         ({"storage": {"engine": "spdk"}}, r"storage\.engine = 'spdk'"),
         ({"storage": {"verify": "page"}}, r'storage\.verify = "page".*no page checksums'),

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from tiercache import Store
 from tiercache.config import HostConfig, StoreConfig, parse_bytes
-from tiercache.errors import ConfigError
+from tiercache.errors import ConfigError, FormatError
 
 TABLE = {"path": "t.safetensors"}
 
@@ -135,3 +137,36 @@ def test_a_config_cannot_be_changed():
     config = StoreConfig.load({})
     with pytest.raises(ValidationError, match="frozen"):
         config.dtype = "float32"
+
+
+@pytest.mark.parametrize("host", [{"policy": "static"}, {"policy": "lru", "hot_set": "hot.npy"}])
+def test_a_hot_set_and_static_belong_together(host: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r'host.*a hot_set belongs to policy "static"'):
+        StoreConfig.load({"host": host})
+
+
+def test_a_static_store_keeps_its_hot_set(tmp_path: Path) -> None:
+    np.save(tmp_path / "hot.npy", np.array([7, 3], np.uint16))
+    (tmp_path / "store.toml").write_text('[host]\npolicy = "static"\nhot_set = "hot.npy"\n')
+    table = np.arange(40, dtype=np.float32).reshape(10, 4)
+    with Store.open(tmp_path / "store.toml", tables={"rows": table}) as store:
+        for _ in range(2):
+            assert np.array_equal(store.fetch(range(10)).numpy(), table)
+        assert store.stats().host.hits == 2
+        assert store.stats().host.bypasses == 16
+
+
+@pytest.mark.parametrize("content", [b"no", b""])
+def test_a_hot_set_that_is_none_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "hot.npy").write_bytes(content)
+    config = {"host": {"policy": "static", "hot_set": tmp_path / "hot.npy"}}
+    with pytest.raises(FormatError, match=r"hot\.npy"):
+        Store.open(config, tables={"rows": np.zeros((2, 2), np.float32)})
+
+
+@pytest.mark.parametrize("row", [-1, 10])
+def test_a_hot_set_of_other_tables_is_refused(tmp_path: Path, row: int) -> None:
+    np.save(tmp_path / "hot.npy", np.array([3, row]))
+    config = {"host": {"policy": "static", "hot_set": tmp_path / "hot.npy"}}
+    with pytest.raises(ConfigError, match=rf"host\.hot_set = .*row {row}; allowed are rows 0 to 9"):
+        Store.open(config, tables={"rows": np.zeros((10, 2), np.float32)})

@@ -12,7 +12,17 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from tiercache.errors import ConfigError
 
@@ -46,24 +56,26 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
+def _beside_the_config(path: Path, info: ValidationInfo) -> Path:
+    base: Path = (info.context or {}).get("base", Path())
+    return base / path.expanduser()
+
+
+_Path = Annotated[Path, AfterValidator(_beside_the_config)]
+
+
 class TableConfig(_Section):
     """One table: rows of one layout."""
 
     name: Annotated[str, Field(min_length=1)] = "table"
     """What `fetch(table=...)` calls it; distinct within a store."""
-    path: Path
+    path: _Path
     """A .safetensors file, a .safetensors.index.json or a packed directory. Relative paths start at the config file."""
     fields: tuple[str, ...] = ()
     """Safetensors only: the tensors that make up a row, in this order. In the name of a tensor in pieces, "{shard}"
     stands for the number of the piece. Default: the only 2-D tensor there is."""
     resident: tuple[str, ...] = ()
     """Fields held in RAM whole, beside the host tier: a small field in its own tensor costs a second read a row."""
-
-    @field_validator("path")
-    @classmethod
-    def _beside_the_config(cls, path: Path, info: ValidationInfo) -> Path:
-        base: Path = (info.context or {}).get("base", Path())
-        return base / path.expanduser()
 
 
 class HostConfig(_Section):
@@ -75,6 +87,14 @@ class HostConfig(_Section):
     """What stays. S3-FIFO has the cheapest hits among the policies that resist scans."""
     policy_options: dict[str, Annotated[int | float, BeforeValidator(_number)]] = {}
     """Parameters of the policy by name; each policy's file says which it takes."""
+    hot_set: _Path | None = None
+    """.npy of row numbers of the store, hottest first: what the policy "static" keeps. It needs one, the others take none."""
+
+    @model_validator(mode="after")
+    def _static_has_a_hot_set(self) -> Self:
+        if (self.policy == "static") != (self.hot_set is not None):
+            raise ValueError('a hot_set belongs to policy "static", and "static" needs one')
+        return self
 
 
 class StorageConfig(_Section):

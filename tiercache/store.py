@@ -9,6 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,7 +28,7 @@ from tiercache.stats import LevelStats, StoreStats
 from tiercache.storage import open_table
 from tiercache.storage import queue as q
 from tiercache.storage.disk import Disk
-from tiercache.storage.memory import MemoryTable
+from tiercache.storage.memory import MemoryTable, read_rows
 from tiercache.storage.reader import Reader, SourceReader
 from tiercache.storage.reads import Targets
 from tiercache.storage.table import FileTable
@@ -103,7 +104,10 @@ class Store:
             described[name] = MemoryTable(table) if isinstance(table, np.ndarray | torch.Tensor) else table
         if not described:
             raise ConfigError("table: is required; a store needs at least one table")
-        store = cls(settings, described, settings.host.policy_options)
+        options: dict[str, Any] = dict(settings.host.policy_options)
+        if (path := settings.host.hot_set) is not None:
+            options["hot_rows"] = _hot_rows(path, sum(table.num_rows for table in described.values()))
+        store = cls(settings, described, options)
         for note in store._disk.notes if store._disk else ():
             warnings.warn(f"tiercache: {note}", RuntimeWarning, stacklevel=2)
         return store
@@ -441,7 +445,17 @@ def _level(policy: str, capacity: int, options: Mapping[str, Any], num_rows: int
     try:
         return Level(POLICIES[policy], capacity, options, num_rows)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"host.policy_options = {dict(options)}: policy {policy!r} refuses them: {error}") from error
+        given = {name: value for name, value in options.items() if not isinstance(value, np.ndarray)}
+        raise ConfigError(f"host.policy_options = {given}: policy {policy!r} refuses them: {error}") from error
+
+
+def _hot_rows(path: Path, num_rows: int) -> npt.NDArray[np.int64]:
+    """Rows of a hot set. ConfigError where one is none of the store's: the file belongs to other tables."""
+    rows = read_rows(path)
+    wrong = rows[(rows < 0) | (rows >= num_rows)]
+    if wrong.size:
+        raise ConfigError(f"host.hot_set = {str(path)!r}: has row {wrong[0]}; allowed are rows 0 to {num_rows - 1}")
+    return rows
 
 
 def _capacity(host: HostConfig, stride: int, num_rows: int) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.errors import ConfigError
+from tiercache.errors import ConfigError, FormatError
 from tiercache.stats import StorageStats
 from tiercache.storage import queue as q
 from tiercache.storage.checksum import PAGE_BYTES
@@ -13,7 +13,7 @@ from tiercache.storage.engine import Engine
 from tiercache.storage.files import OpenFiles, open_files
 from tiercache.storage.probe import Choice, start_engine
 from tiercache.storage.reader import FileReader
-from tiercache.storage.reads import Files, bounce_bytes, longest_piece, new_layout
+from tiercache.storage.reads import FILE_BITS, Files, bounce_bytes, longest_piece, new_layout
 from tiercache.storage.table import FileTable
 
 
@@ -32,6 +32,9 @@ class Disk:
                 raise ConfigError(
                     f'storage.verify = "page": table {table.name!r} has no page checksums; allowed are packed tables, or "off"'
                 )
+            for file in table.files:
+                if file.size >> FILE_BITS:
+                    raise FormatError(f"{file.path}: {file.size} bytes; files of up to {1 << FILE_BITS} bytes are served")
         sums = [table.checksums.load() for table in tables if table.checksums is not None and verify]
         self._files: OpenFiles = open_files([file for table in tables for file in table.files], direct=direct)
         slot_bytes = bounce_bytes(longest_piece(tables), self._files.alignment)

@@ -1,12 +1,15 @@
 """MemoryTable: a table that is an array. For tests and for tables that fit."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from tiercache.errors import FormatError
 from tiercache.records import DTYPES, Record, plain
+from tiercache.storage.table import storage_error
 
 _NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
 
@@ -42,6 +45,19 @@ class MemoryTable:
 
     def close(self) -> None:
         """Nothing to let go of: the array belongs to the caller."""
+
+
+def read_rows(path: Path) -> npt.NDArray[np.int64]:
+    """Row numbers of a .npy file, int64[n]. StorageError where it cannot be read, FormatError where it is something else."""
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    except (ValueError, EOFError) as error:
+        raise FormatError(f"{path}: not a .npy file: {error}") from error
+    if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise FormatError(f"{path}: holds no list of row numbers, which is a 1-D array of integers")
+    return rows.astype(np.int64)
 
 
 def _bytes(array: npt.NDArray[Any] | torch.Tensor) -> npt.NDArray[np.uint8]:

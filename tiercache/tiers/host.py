@@ -100,5 +100,4 @@ class HostTier:
             gather_streaming(where, slots, stride, staging.ctypes.data, stride, out, num_bytes, buffer.ctypes.data)
 
 
-
 _NO_RECORDS = np.empty((0, 8), np.uint8)
