@@ -16,6 +16,7 @@ from stores import ENGINES, ENGRAM, StoreSource, config_of, open_with, oracle_te
 from tiercache.lab.simulator import Counts, simulate
 from tiercache.policies import POLICIES
 from tiercache.records import Field, Record, plain
+from tiercache.storage import probe
 from tiercache.storage.memory import MemoryTable
 from tiercache.storage.pack import pack_rows
 from tiercache.store import Store
@@ -336,12 +337,23 @@ def test_stats_of_the_disk(tmp_path, engine):
         assert (storage.reads, storage.bytes_read) == (2, 2 * 264)
 
 
-def test_auto_measures_both_engines(tmp_path):
+@pytest.mark.parametrize(("threads_rate", "engine"), [(50.0, "uring"), (120.0, "uring"), (130.0, "threads")])
+def test_auto_measures_both_engines_and_wants_threads_to_be_faster_by_a_quarter(tmp_path, monkeypatch, threads_rate, engine):
     path = write_rows(tmp_path / "t.safetensors", 50, 264)
+    measured = []
+
+    def measure(engines, files):
+        measured.extend(original(engines, files))
+        return [100.0, threads_rate]
+
+    original = probe._measure
+    monkeypatch.setattr(probe, "_measure", measure)
     with Store.open(config_of(path, engine="auto")) as store:
         storage = store.stats().storage
-        assert storage.probe_reads_per_s.keys() == {"uring", "threads"}
-        assert storage.engine == max(storage.probe_reads_per_s, key=storage.probe_reads_per_s.get)
+        assert len(measured) == 2
+        assert min(measured) > 0
+        assert storage.probe_reads_per_s == {"uring": 100.0, "threads": threads_rate}
+        assert storage.engine == engine
         assert len([t for t in threading.enumerate() if t.name.startswith("tiercache-")]) in (1, 8)
         assert torch.equal(store.fetch([7]), oracle_tensor([7], 264))
 
