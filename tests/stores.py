@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from tiercache.config import StoreConfig
+from tiercache.config import DeviceConfig, StoreConfig
 from tiercache.records import Field, Record
 from tiercache.storage import open_table
 from tiercache.storage.memory import MemoryTable
@@ -55,13 +55,21 @@ def config_of(path=None, *, capacity=1 << 20, policy="s3fifo", engine="threads",
     }
 
 
-def open_with(policy, options, capacity_bytes, paths, sources, **storage):
-    """A store under any policy, with parameters that a config cannot give."""
+def open_with(policy, options, capacity_bytes, paths, sources, *, device=None, **storage):
+    """A store under any policy, with parameters that a config cannot give.
+
+    device: None, or (policy, options, config of the device tier, Device or None).
+    """
     config = StoreConfig.load(config_of(capacity=capacity_bytes, **storage))
-    config = config.model_copy(update={"host": config.host.model_copy(update={"policy": policy})})
+    update = {"host": config.host.model_copy(update={"policy": policy})}
+    options, on = {"host": options}, None
+    if device is not None:
+        device_policy, options["device"], settings, on = device
+        update["device"] = DeviceConfig(**settings).model_copy(update={"policy": device_policy})
+    config = config.model_copy(update=update)
     described = {name: open_table(name, path) for name, path in paths.items()}
     described |= {name: MemoryTable(s) if isinstance(s, np.ndarray) else s for name, s in sources.items()}
-    return Store(config, described, options)
+    return Store(config, described, options, on)
 
 
 class StoreSource:

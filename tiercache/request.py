@@ -24,14 +24,14 @@ class Table(NamedTuple):
     """Whether a record's bytes are its decoded row."""
 
 
-def rows_of(indices: Any, table: Table) -> tuple[npt.NDArray[np.int64], tuple[int, ...]]:
+def rows_of(indices: Any, table: Table, device: torch.device) -> tuple[npt.NDArray[np.int64], tuple[int, ...]]:
     """(rows of the store int64[n], shape asked for). TypeError for what is not integers, IndexError for the first bad row."""
     if isinstance(indices, torch.Tensor):
-        if indices.device.type != "cpu":
-            raise TypeError(f"indices are on {indices.device}; a store without a device tier takes them on the CPU")
+        if indices.device.type not in ("cpu", device.type):
+            raise TypeError(f"indices are on {indices.device}; this store takes them on the CPU{_or(device)}")
         if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
             raise TypeError(f"indices are {indices.dtype}; row numbers are integers")
-        array = indices.numpy()
+        array = indices.cpu().numpy()
     else:
         array = np.asarray(indices)
         if array.size == 0 and not isinstance(indices, np.ndarray):
@@ -68,16 +68,14 @@ def _localise(indices: Any, base: int, num_rows: int, rows: Any) -> int:
     return -1
 
 
-def output(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The tensor to write to: `out`, if it fits, or a new one. TypeError or ValueError where it does not fit."""
-    if out is None:
-        return torch.empty(shape, dtype=dtype)
+def checked(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`out`, if rows can be written to it. TypeError or ValueError where it does not fit."""
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"out is a {type(out).__name__}, not a torch.Tensor")
     if out.dtype != dtype:
         raise TypeError(f"out is {out.dtype}; these rows are {dtype}")
-    if out.device.type != "cpu":
-        raise TypeError(f"out is on {out.device}; a store without a device tier writes to the CPU")
+    if out.device != device:
+        raise TypeError(f"out is on {out.device}; this store writes to {device}")
     if out.shape != shape:
         raise ValueError(f"out has shape {tuple(out.shape)}; these rows have {shape}")
     if not out.is_contiguous():
@@ -85,3 +83,7 @@ def output(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype)
     if out.requires_grad:
         raise ValueError("out requires a gradient; rows are not differentiable")
     return out
+
+
+def _or(device: torch.device) -> str:
+    return "" if device.type == "cpu" else f" or on {device}"

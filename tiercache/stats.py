@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class LevelStats(NamedTuple):
-    """One tier. Counts are of distinct rows of each batch."""
+    """One tier. Counts are of distinct rows of each batch; a tier is asked for what the one above it has not."""
 
     policy: str
     capacity_slots: int
@@ -42,3 +42,4 @@ class StoreStats(NamedTuple):
     flights: int
     host: LevelStats
     storage: StorageStats | None
+    device: LevelStats | None = None
