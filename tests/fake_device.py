@@ -26,22 +26,21 @@ class FakeEvent:
         return self.reached
 
     def wait(self) -> None:
-        self.device.num_waits += 1
+        self.device.num_waits += not self.reached
         while not self.reached:
             assert self.device.run_one(), "the host waits for an event that no stream reaches"
 
 
 class FakeDevice:
-    """choose(n) is a number below n. `broken` leaves out a part of the protocol: "wait"."""
+    """choose(n) is a number below n."""
 
     torch_device = torch.device("cpu")
     side = "side"
 
-    def __init__(self, choose: Callable[[int], int], broken: str = "") -> None:
+    def __init__(self, choose: Callable[[int], int]) -> None:
         self.choose = choose
-        self.broken = broken
         self.streams: dict[Any, deque[tuple[str, Any]]] = {}
-        self.num_waits = self.num_allocations = 0
+        self.num_waits = self.num_allocations = self.num_faults = 0
         self.stream = "main"
 
     # the order of things
@@ -108,7 +107,10 @@ class FakeDevice:
 
     def fill(self, sources: torch.Tensor, slots: torch.Tensor, upper: torch.Tensor, lower: torch.Tensor, stream: Any) -> None:
         def run() -> None:
-            upper[slots.long()] = lower[sources.long()]
+            if slots.max() >= upper.shape[0] or sources.max() >= lower.shape[0]:
+                self.num_faults += 1  # illegal memory access
+            else:
+                upper[slots.long()] = lower[sources.long()]
 
         self.queue(stream, "run", run)
 
@@ -146,8 +148,7 @@ class FakeDevice:
         return event
 
     def wait(self, stream: Any, event: FakeEvent) -> None:
-        if self.broken != "wait":
-            self.queue(stream, "wait", event)
+        self.queue(stream, "wait", event)
 
     def close(self) -> None:
         self.run_all()

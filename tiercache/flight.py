@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 class Flight:
     """What one fetch holds until it has landed: room for its plan, pinned slots, a staging area, reads on their way.
 
-    `event` is behind the work of a device's streams that reads its slots. `ended` is set when nobody waits for it any more.
+    `staged` is the number of rows of `staging` in use. `event` is behind the work of a device's streams that reads its slots.
+    `ended` is set when nobody waits for it any more.
     `borrowed` are slots (int32[b]) that other flights' reads are to fill, with the rows (int64[b]) wanted from them.
     """
 
     __slots__ = (
-        "borrowed", "borrowed_rows", "ended", "event", "job", "plan", "shape", "staging", "table",
+        "borrowed", "borrowed_rows", "ended", "event", "job", "plan", "shape", "staged", "staging", "table",
     )  # fmt: skip
 
     def __init__(self, table: "Table", shape: tuple[int, ...], plan: "StackPlan") -> None:
@@ -32,6 +33,7 @@ class Flight:
         self.shape = shape
         self.plan = plan
         self.staging: npt.NDArray[np.uint8] = _NOTHING
+        self.staged = 0
         self.job: Job | None = None
         self.borrowed: npt.NDArray[np.int32] = _NO_SLOTS
         self.borrowed_rows: npt.NDArray[np.int64] = _NO_ROWS

@@ -19,6 +19,7 @@ import torch
 from tiercache.config import StoreConfig, TierConfig
 from tiercache.errors import ClosedError, ConfigError, StorageError
 from tiercache.flight import Flight, Ticket
+from tiercache.graph import StaticFetch
 from tiercache.level import BYPASSES, HITS, MAX_PINS, MISSES, PINNED, SLOT, Level, pending_of
 from tiercache.policies import POLICIES
 from tiercache.request import Table, checked, rows_of
@@ -32,7 +33,7 @@ from tiercache.storage.reader import Reader, SourceReader
 from tiercache.storage.reads import Targets
 from tiercache.storage.table import FileTable
 from tiercache.tiers import DeviceTier, open_device_tier
-from tiercache.tiers.device import Device
+from tiercache.tiers.device import Device, StreamTier
 from tiercache.tiers.host import HostTier
 
 _PATIENCE_NS = 100_000_000
@@ -218,6 +219,24 @@ class Store:
             self._give_up(flight)
             raise
 
+    def static_fetch(
+        self,
+        shape: tuple[int, ...],
+        *,
+        out: torch.Tensor | None = None,
+        table: str | None = None,
+        raw: bool = False,
+    ) -> StaticFetch:
+        """A fetch of indices of one shape, again and again, whose gather can be captured in a CUDA graph.
+
+        Needs a device tier with streams: ValueError without one. The other arguments and errors are those of `fetch`.
+        """
+        wanted = self._table(table)
+        if not isinstance(self._device, StreamTier):
+            raise ValueError("static_fetch: needs a device tier with streams; a store on the CPU has none")
+        result, _ = self._outputs(wanted, shape, 0, None, out, raw)
+        return StaticFetch(self, self._device, wanted, shape, result)
+
     def stats(self) -> StoreStats:
         """Counts since open, and what serves."""
         self._require_here()
@@ -336,8 +355,9 @@ class Store:
         plan = flight.plan.below
         if not plan.misses.size and not flight.borrowed.size:
             return
-        if plan.staged:
+        if plan.staged > len(flight.staging):
             flight.staging = self._top.staging(plan.staged)
+        flight.staged = plan.staged
         flight.job = self._submit(flight, plan.misses, plan.fill, flight.borrowed_rows, due_ns)
 
     def _submit(
@@ -412,18 +432,36 @@ class Store:
 
     def _read_again(self, flight: Flight, slots: npt.NDArray[np.int32], rows: npt.NDArray[np.int64]) -> None:
         """Read rows that were to come into these slots to the staging area instead."""
-        where, old = flight.plan.where, flight.staging
-        staged = len(old)
-        flight.staging = self._top.staging(staged + rows.size)
-        if staged:
-            flight.staging[:staged] = old
-        places = ~np.arange(staged, staged + rows.size, dtype=np.int32)
+        where, old, begin = flight.plan.where, flight.staging, flight.staged
+        flight.staged += rows.size
+        if flight.staged > len(old):
+            flight.staging = self._top.staging(flight.staged)
+            flight.staging[:begin] = old[:begin] if begin else 0
+        places = ~np.arange(begin, flight.staged, dtype=np.int32)
         flight.job = self._submit(flight, rows, places, _NO_ROWS, 0)
         flight.job.wait()
         self._raise_error(flight, flight.job)
         above = 0 if self._device is None else self._device.level.capacity
         for slot, place in zip(slots.tolist(), places.tolist(), strict=True):
             where[where == above + slot] = place
+
+    def _load(self, flight: Flight, rows: npt.NDArray[np.int64]) -> None:
+        """For a StaticFetch: bring a flight's rows to its places, and go on holding them."""
+        try:
+            with self._entered(flight):
+                self._top.plan(flight.plan, rows, flight.table.reader.num_reads)
+                self._begin(flight)
+            self._read(flight, 0)
+            if flight.job is not None:
+                self._await(flight)
+        except BaseException:
+            self._give_up(flight)
+            raise
+
+    def _retire(self, flight: Flight) -> None:
+        """For a StaticFetch: let go of a flight once its event is done."""
+        with self._lock:
+            self._end(flight)
 
     def _raise_error(self, flight: Flight, job: Any) -> None:
         """StorageError where a job failed, ClosedError where it did because of `close`."""

@@ -38,7 +38,7 @@ def require_cuda(device: torch.device) -> None:
 class CudaEvent:
     """A point in a CUDA stream."""
 
-    def __init__(self, event: torch.cuda.Event) -> None:
+    def __init__(self, event: Any) -> None:
         self.event = event
 
     def done(self) -> bool:
@@ -56,12 +56,12 @@ class CudaDevice:
     def __init__(self, device: torch.device) -> None:
         import cupy
 
-        from tiercache.tiers import kernels
+        from tiercache.tiers.kernels import fill, gather
 
         index = torch.cuda.current_device() if device.index is None else device.index
         self.torch_device = torch.device("cuda", index)
-        self._cupy, self._kernels = cupy, kernels
-        self.side = torch.cuda.Stream(self.torch_device)
+        self._cupy, self._fill, self._gather = cupy, fill, gather
+        self.side: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
 
     def current(self) -> torch.cuda.Stream:
         """The caller's current stream."""
@@ -106,8 +106,8 @@ class CudaDevice:
         self, sources: torch.Tensor, slots: torch.Tensor, upper: torch.Tensor, lower: torch.Tensor, stream: Any
     ) -> None:
         """upper[slots] = lower[sources]."""
-        with torch.cuda.stream(stream):
-            self._kernels.fill(sources, slots, upper, lower)
+        with torch.cuda.device(self.torch_device), torch.cuda.stream(stream):
+            self._fill(sources, slots, upper, lower)
 
     def gather(
         self,
@@ -120,12 +120,12 @@ class CudaDevice:
         stream: Any,
     ) -> None:
         """Decode or copy the records at places into out."""
-        with torch.cuda.stream(stream):
-            self._kernels.gather(where, upper, lower, staging, out.view(where.numel(), out.shape[-1]), record)
+        with torch.cuda.device(self.torch_device), torch.cuda.stream(stream):
+            self._gather(where, upper, lower, staging, out.view(where.numel(), out.shape[-1]), record)
 
     def record(self, stream: torch.cuda.Stream) -> CudaEvent:
         """An event behind everything queued on the stream so far."""
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(stream)
         return CudaEvent(event)
 

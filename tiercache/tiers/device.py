@@ -113,11 +113,12 @@ class Parcels:
         self._idle: deque[Parcel] = deque()
         self._made = 0
 
-    def send(self, places: npt.NDArray[np.int32], stream: Any) -> Parcel:
-        """Queue a copy of places to the device; `target[:n]` of the parcel has them then. `give_back` it after its readers."""
+    def send(self, places: npt.NDArray[np.int32], stream: Any, target: torch.Tensor | None = None) -> Parcel:
+        """Queue a copy of places to the device: to `target`, or the parcel's. `give_back` the parcel after its readers."""
         parcel = self._parcel(places.size)
         parcel.host[: places.size] = places
-        self._device.upload(parcel.host[: places.size], parcel.target[: places.size], stream)
+        target = parcel.target[: places.size] if target is None else target
+        self._device.upload(parcel.host[: places.size], target, stream)
         return parcel
 
     def give_back(self, parcel: Parcel, event: Event) -> None:
@@ -216,11 +217,24 @@ class StreamTier:
             self.device.wait(stream, plan.after)
         parcel = self._parcels.send(plan.where, stream)
         view = self.device.view(staging) if len(staging) else self._no_rows
-        where = parcel.target[: plan.where.size]
-        self.device.gather(where, self._slots, self._lower, view, records, record, stream)
+        self.launch(parcel.target[: plan.where.size], view, records, record, stream)
         event = self.device.record(stream)
         self._parcels.give_back(parcel, event)
         return event
+
+    def send(self, plan: StackPlan, target: torch.Tensor, stream: Any) -> None:
+        """Queue the way of a plan's places into a tensor of the device's, behind what they wait for."""
+        if plan.after is not None:
+            self.device.wait(stream, plan.after)
+        parcel = self._parcels.send(plan.where, stream, target)
+        self._parcels.give_back(parcel, self.device.record(stream))
+
+    def launch(
+        self, where: torch.Tensor, staging: torch.Tensor, out: torch.Tensor, record: Record, stream: Any
+    ) -> None:
+        """Queue a gather, and nothing else. where: int32[n] of the device; staging as the device sees it."""
+        stream = self.device.current() if stream is None else stream
+        self.device.gather(where, self._slots, self._lower, staging, out, record, stream)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, stream: Any) -> torch.Tensor:
         """An output, of the stream that will write it."""
