@@ -1,6 +1,6 @@
 # Each target sets up .venv by itself. The stamp is named after what was installed, so a stale environment is brought up to date.
 PYTHON ?= python3
-READY := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+READY := .venv/.ready-$(shell cat pyproject.toml constraints.txt requirements-gds.txt | cksum | cut -d ' ' -f 1)
 RUN := .venv/bin/python -m
 
 .PHONY: demo test lint bench
@@ -22,5 +22,6 @@ bench: $(READY)
 $(READY):
 	.venv/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	$(RUN) pip install --quiet -c constraints.txt -e '.[dev]'
+	$(RUN) pip install --quiet --no-deps -r requirements-gds.txt
 	rm -f .venv/.ready-*
 	touch $@

@@ -105,7 +105,7 @@ def test_a_mapping_may_say_tables():
         ({"host": {"policy": "random"}}, r"host\.policy = 'random': .*'fifo', 'lru'.*'static'"),
         ({"host": {"policy": "belady"}}, r"host\.policy = 'belady'"),
         ({"host": {"policy_options": {"window": "x"}}}, r"host\.policy_options\.window = 'x': allowed is a number"),
-        ({"storage": {"engine": "gds"}}, r"storage\.engine = 'gds': .*'auto', 'uring' or 'threads'"),
+        ({"storage": {"engine": "aio"}}, r"storage\.engine = 'aio': .*'auto', 'uring', 'threads' or 'gds'"),
         ({"storage": {"queue_depth": 0}}, r"storage\.queue_depth = 0: .*greater than or equal to 1"),
         ({"storage": {"direct": "yes"}}, r"storage\.direct = 'yes'"),
         ({"storage": {"verify": "row"}}, r"storage\.verify = 'row': .*'off' or 'page'"),

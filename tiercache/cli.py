@@ -122,7 +122,11 @@ def verify(path: Path) -> None:
 
 
 @app.command()
-def inspect(path: Path, field: Fields = None) -> None:
+def inspect(
+    path: Path,
+    field: Fields = None,
+    engine: Annotated[str, typer.Option(help="storage.engine, as in a config.")] = "auto",
+) -> None:
     """Say what a table is, and how this machine would read it."""
     fields = tuple(field or ())
     info = packing.inspect(path, fields=fields)
@@ -136,7 +140,11 @@ def inspect(path: Path, field: Fields = None) -> None:
         ("checksums", f"of {info.page_bytes} B pages" if info.page_bytes else "none"),
         *((f"source {key}", value) for key, value in info.source.items()),
     ]
-    config = {"table": [{"path": path, "fields": fields}], "host": {"capacity": "1MiB"}}
+    config = {
+        "table": [{"path": path, "fields": fields}],
+        "host": {"capacity": "1MiB"},
+        "storage": {"engine": engine},
+    }
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning), Store.open(config) as store:
         storage = store.stats().storage
     if storage:

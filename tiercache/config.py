@@ -114,8 +114,9 @@ class DeviceConfig(TierConfig):
 class StorageConfig(_Section):
     """How the disk is read."""
 
-    engine: Literal["auto", "uring", "threads"] = "auto"
-    """auto: uring, unless a short measurement at open shows threads to be faster by a quarter, or the kernel refuses it."""
+    engine: Literal["auto", "uring", "threads", "gds"] = "auto"
+    """auto: uring, unless a short measurement at open shows threads to be faster by a quarter, or the kernel refuses it.
+    gds: kvikio, of the gpu extras; never chosen by auto, since a row costs it about ten times the CPU."""
     queue_depth: Annotated[int, Field(strict=True, ge=1, le=4096)] = 128
     """Reads in flight at once. NVMe drives need 64 or more for their full rate; beyond 256 only latency grows."""
     direct: Annotated[bool, Field(strict=True)] = True

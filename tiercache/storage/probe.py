@@ -10,6 +10,7 @@ import numpy.typing as npt
 from tiercache.storage import queue as q
 from tiercache.storage.engine import Engine
 from tiercache.storage.files import OpenFiles
+from tiercache.storage.gds import GdsEngine
 from tiercache.storage.threads import ThreadsEngine
 from tiercache.storage.uring import UringEngine
 
@@ -33,8 +34,15 @@ class Choice(NamedTuple):
 
 
 def start_engine(name: str, files: OpenFiles, queue_depth: int, slot_bytes: int) -> Choice:
-    """Start the named engine, or for "auto" io_uring, unless threads are faster here by far or the kernel grants no ring."""
+    """Start the named engine, or for "auto" io_uring, unless threads are faster here by far or the kernel grants no ring.
+
+    ConfigError where an engine needs what is not installed.
+    """
     notes: tuple[str, ...] = (files.refusal,) if files.refusal else ()
+    if name == "gds":
+        gds = GdsEngine(q.new_queue(), queue_depth, slot_bytes, files.alignment)
+        gds.start()
+        return Choice(gds, {}, notes + gds.notes)
     candidates = ("uring", "threads") if name == "auto" else (name,)
     engines: list[Engine] = []
     for candidate in candidates:
