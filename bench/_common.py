@@ -29,6 +29,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from tiercache.records import Record, plain
+
 ROW_BYTES = 264
 NUM_SHARDS = 32
 GIB = 1 << 30
@@ -50,6 +52,22 @@ def records(rows: Rows) -> npt.NDArray[np.uint8]:
     words ^= words >> np.uint64(29)
     words *= np.uint64(0xBF58476D1CE4E5B9)
     return words.view(np.uint8)
+
+
+class Computed:
+    """A Source whose rows are computed."""
+
+    record: Record = plain("BF16", ROW_BYTES // 2)
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+
+    def read(self, rows: Rows, out: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:
+        """Write the record of rows[i] to out[i]."""
+        out[:] = records(rows)
+
+    def close(self) -> None:
+        """Nothing to close."""
 
 
 class BenchTable(NamedTuple):

@@ -87,8 +87,13 @@ class Plan(NamedTuple):
 
 def new_plan(size: int) -> Plan:
     """Room for the plan of a batch of `size` rows."""
-    where, fill, held = np.empty((3, size), np.int32)
-    return Plan(where, np.empty(size, np.int64), fill, held, np.zeros(8, np.int64))
+    return Plan(
+        np.empty(size, np.int32),
+        np.empty(size, np.int64),
+        np.empty(size, np.int32),
+        np.empty(size, np.int32),
+        np.zeros(8, np.int64),
+    )
 
 
 class Level:

@@ -7,8 +7,8 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -183,8 +183,10 @@ class Store:
         rows, shape = rows_of(indices, wanted, self._top.torch_device)
         result, records = self._outputs(wanted, shape, rows.size, stream, out, raw)
         flight = Flight(wanted, shape, self._top.room(rows.size))
+        self._require_here()
         try:
-            with self._entered(flight):
+            with self._lock:
+                self._enter(flight)
                 reads, num_bytes = wanted.reader.num_reads, wanted.record.record_bytes
                 served = self._top.serve(flight.plan, rows, reads, records, num_bytes)
                 self._begin(flight, served=served)
@@ -209,8 +211,10 @@ class Store:
         rows, shape = rows_of(indices, wanted, self._top.torch_device)
         due = time.monotonic_ns() + (_PATIENCE_NS if deadline is None else int(min(deadline, 1e9) * 1e9))
         flight = Flight(wanted, shape, self._top.room(rows.size))
+        self._require_here()
         try:
-            with self._entered(flight):
+            with self._lock:
+                self._enter(flight)
                 self._top.plan(flight.plan, rows, wanted.reader.num_reads)
                 self._begin(flight)
             self._read(flight, due)
@@ -323,18 +327,14 @@ class Store:
             table.record.decode_to(records, result.view(-1, table.record.dim))
         return result
 
-    @contextmanager
-    def _entered(self, flight: Flight) -> Iterator[None]:
-        """The lock of a store that serves this process and has room for a flight, which it knows from now on."""
-        self._require_here()
-        with self._lock:
-            self._require_open()
-            if self._abandoned:
-                self._reap(_REAPED_AT_ONCE)
-            if len(self._flights) >= MAX_PINS:
-                raise RuntimeError(f"{len(self._flights)} tickets are in flight; take, cancel or drop some")
-            self._flights.add(flight)
-            yield
+    def _enter(self, flight: Flight) -> None:
+        """A flight begins, if the store serves and has room for it; the store knows it from now on. Under the lock."""
+        self._require_open()
+        if self._abandoned:
+            self._reap(_REAPED_AT_ONCE)
+        if len(self._flights) >= MAX_PINS:
+            raise RuntimeError(f"{len(self._flights)} tickets are in flight; take, cancel or drop some")
+        self._flights.add(flight)
 
     def _begin(self, flight: Flight, *, served: bool = False) -> None:
         """A flight was planned: count it, and see which slots it waits for that other flights' reads fill. Under the lock."""
@@ -447,8 +447,10 @@ class Store:
 
     def _load(self, flight: Flight, rows: npt.NDArray[np.int64]) -> None:
         """For a StaticFetch: bring a flight's rows to its places, and go on holding them."""
+        self._require_here()
         try:
-            with self._entered(flight):
+            with self._lock:
+                self._enter(flight)
                 self._top.plan(flight.plan, rows, flight.table.reader.num_reads)
                 self._begin(flight)
             self._read(flight, 0)

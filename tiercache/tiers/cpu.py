@@ -13,7 +13,7 @@ from tiercache.level import Level
 from tiercache.native import PREFETCH_BYTES, copy, int64, lean, prefetch
 from tiercache.records import Record
 from tiercache.stack import StackPlan, plan_stack
-from tiercache.tiers.host import NO_RECORDS, HostBuffer, HostTier, Memories, gather_to
+from tiercache.tiers.host import HostBuffer, HostTier, Memories, gather_to
 
 _AHEAD = 16
 
@@ -30,6 +30,7 @@ class CpuTier:
         self._host, self._most = host, most
         self._buffer = HostBuffer(level.capacity, host.stride)
         self._address: int = self._buffer.slots.ctypes.data
+        self._resident = Memories(self._address, level.capacity, host.address, 0, host.stride)
 
     def room(self, size: int) -> StackPlan:
         """Room for the plan of a batch."""
@@ -46,7 +47,7 @@ class CpuTier:
         """Plan a batch; True if this tier had every row: then its records, of `num_bytes` bytes, are in `records`."""
         served = plan_stack(self.level, self._host.level, plan, rows, num_reads, self._most, idly=True)
         if served:
-            gather_to(plan.where, self._memories(NO_RECORDS), records.data_ptr(), num_bytes)
+            gather_to(plan.where, self._resident, records.data_ptr(), num_bytes)
         else:
             self._fill(plan)
         return served
@@ -66,7 +67,8 @@ class CpuTier:
         stream: None,
     ) -> None:
         """Copy the records of a plan's places to `records`. staging: uint8[s, stride]."""
-        gather_to(plan.where, self._memories(staging), records.data_ptr(), record.record_bytes)
+        memories = self._resident._replace(staging=staging.ctypes.data)
+        gather_to(plan.where, memories, records.data_ptr(), record.record_bytes)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, stream: None) -> torch.Tensor:
         """An output."""
@@ -78,10 +80,6 @@ class CpuTier:
 
     def close(self) -> None:
         """Nothing is on its way."""
-
-    def _memories(self, staging: npt.NDArray[np.uint8]) -> Memories:
-        host = self._host
-        return Memories(self._address, self.level.capacity, host.address, staging.ctypes.data, host.stride)
 
     def _fill(self, plan: StackPlan) -> None:
         assert plan.above is not None

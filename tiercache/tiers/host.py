@@ -115,6 +115,7 @@ class HostTier:
         self.buffer = HostBuffer(level.capacity, stride)
         self.capacity_bytes: int = self.buffer.slots.nbytes
         self.address: int = self.buffer.slots.ctypes.data
+        self._resident = Memories(0, 0, self.address, 0, stride)
 
     def room(self, size: int) -> StackPlan:
         """Room for the plan of a batch."""
@@ -130,7 +131,7 @@ class HostTier:
         """Plan a batch; True if every row was resident: then its records, of `num_bytes` bytes, are in `records`."""
         served = self.level.plan_into(plan.below, rows, num_reads, idly=True)
         if served:
-            gather_to(plan.where, self._memories(NO_RECORDS), records.data_ptr(), num_bytes)
+            gather_to(plan.where, self._resident, records.data_ptr(), num_bytes)
         return served
 
     def release(self, plan: StackPlan) -> None:
@@ -146,7 +147,8 @@ class HostTier:
         stream: None,
     ) -> None:
         """Copy the records of a plan's places to `records`. staging: uint8[s, stride]."""
-        gather_to(plan.where, self._memories(staging), records.data_ptr(), record.record_bytes)
+        memories = self._resident._replace(staging=staging.ctypes.data)
+        gather_to(plan.where, memories, records.data_ptr(), record.record_bytes)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, stream: None) -> torch.Tensor:
         """An output."""
@@ -158,10 +160,3 @@ class HostTier:
 
     def close(self) -> None:
         """Nothing is on its way."""
-
-    def _memories(self, staging: npt.NDArray[np.uint8]) -> Memories:
-        return Memories(0, 0, self.address, staging.ctypes.data, self.stride)
-
-
-NO_RECORDS = np.empty((0, 8), np.uint8)
-"""A staging area of no rows."""
