@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from tiercache.native import jit
 from tiercache.records import Record
@@ -27,10 +29,7 @@ class Table(NamedTuple):
 def rows_of(indices: Any, table: Table, device: torch.device) -> tuple[npt.NDArray[np.int64], tuple[int, ...]]:
     """(rows of the store int64[n], shape asked for). TypeError for what is not integers, IndexError for the first bad row."""
     if isinstance(indices, torch.Tensor):
-        if indices.device.type not in ("cpu", device.type):
-            raise TypeError(f"indices are on {indices.device}; this store takes them on the CPU{_or(device)}")
-        if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
-            raise TypeError(f"indices are {indices.dtype}; row numbers are integers")
+        check_tensor(with_values(indices, "indices"), device)
         array = indices.cpu().numpy()
     else:
         array = np.asarray(indices)
@@ -50,6 +49,27 @@ def rows_of(indices: Any, table: Table, device: torch.device) -> tuple[npt.NDArr
             f"table {table.name!r} has rows 0 to {table.num_rows - 1}"
         )
     return rows, shape
+
+
+def check_tensor(indices: torch.Tensor, device: torch.device) -> None:
+    """TypeError for indices on a device or of a dtype that a store on `device` does not take. Needs no values."""
+    if indices.device.type not in ("cpu", device.type):
+        raise TypeError(f"indices are on {indices.device}; this store takes them on the CPU{_or(device)}")
+    if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
+        raise TypeError(f"indices are {indices.dtype}; row numbers are integers")
+
+
+def with_values(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """The tensor. TypeError where it only stands for one, as in a trace, and has no memory of its own."""
+    if type(tensor) is torch.Tensor:
+        if not tensor.is_meta and not torch._is_functional_tensor(tensor):
+            return tensor
+        kind = "on meta" if tensor.is_meta else "a tensor of torch.func.functionalize"
+    elif isinstance(tensor, FakeTensor | FunctionalTensor):
+        kind = f"a {type(tensor).__name__}"
+    else:
+        return tensor
+    raise TypeError(f"{name} have no values: {kind}; code that is traced calls tiercache.as_operator(store) instead")
 
 
 @jit
@@ -76,6 +96,7 @@ def checked(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, devic
         raise TypeError(f"out is {out.dtype}; these rows are {dtype}")
     if out.device != device:
         raise TypeError(f"out is on {out.device}; this store writes to {device}")
+    with_values(out, "rows of out")
     if out.shape != shape:
         raise ValueError(f"out has shape {tuple(out.shape)}; these rows have {shape}")
     if not out.is_contiguous():

@@ -22,7 +22,7 @@ from tiercache.flight import Flight, Ticket
 from tiercache.graph import StaticFetch
 from tiercache.level import BYPASSES, HITS, MAX_PINS, MISSES, PINNED, SLOT, Level, pending_of
 from tiercache.policies import POLICIES
-from tiercache.request import Table, checked, rows_of
+from tiercache.request import Table, checked, rows_of, with_values
 from tiercache.source import Source
 from tiercache.stats import LevelStats, StoreStats
 from tiercache.storage import open_table
@@ -314,12 +314,13 @@ class Store:
         row_shape = (*shape, table.record.record_bytes if raw else table.record.dim)
         dtype = torch.uint8 if raw else table.dtype
         if out is None:
-            result = self._top.empty(row_shape, dtype, stream)
+            result = with_values(self._top.empty(row_shape, dtype, stream), "rows")
         else:
             result = checked(out, row_shape, dtype, self._top.torch_device)
         if raw or table.verbatim or self._top.decodes:
             return result, result
-        return result, torch.empty((size, table.record.record_bytes), dtype=torch.uint8, device="cpu")
+        records = torch.empty((size, table.record.record_bytes), dtype=torch.uint8, device="cpu")
+        return result, with_values(records, "rows")
 
     def _decoded(self, table: Table, records: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """The result, with the records decoded into it unless they are it."""
