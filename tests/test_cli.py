@@ -96,6 +96,9 @@ def test_verify_names_the_damaged_page(invoke: Invoke, checkpoint: Path, tmp_pat
         (["replay", "--limit", "9", "--policy", "best"], 2, "'best'"),
         (["replay", "--limit", "9", "--rows", "5"], 2, "num_rows = 5"),
         (["replay", "--limit", "9", "--vocabulary", "5"], 2, "outside 0..4"),
+        (["replay", "--limit", "9", "--table", "a"], 2, "--table: names a table of a store; it needs --config"),
+        (["replay", "--config", "c", "--policy", "lru", "--rows", "9"], 2, "--policy, --rows: are for a simulation"),
+        (["replay", "--config", "c", "--capacity", "9", "--record-bytes", "9"], 2, "--capacity, --record-bytes: "),
         (["bench", "--no-such-option"], 2, "no-such-option"),
     ],
 )
@@ -135,6 +138,24 @@ def test_replay_through_a_store_counts_what_the_simulator_counts(invoke: Invoke,
         return line[:-1]  # a simulation reads records, a store pages
 
     assert counted(live) == counted(simulated)
+
+
+def test_replay_through_a_store_needs_the_name_of_one_of_its_tables(invoke: Invoke, config: Path) -> None:
+    config.write_text('[[table]]\nname = "a"\npath = "table"\n[[table]]\nname = "b"\npath = "table"\n')
+    for options, message in (
+        ([], "tiercache: --table: is required, as there are several; allowed are a, b\n"),
+        (["--table", "c"], "tiercache: --table 'c': allowed are a, b\n"),
+    ):
+        result = invoke("replay", "--limit", 9, "--config", config, *options)
+        assert (result.exit_code, result.stderr) == (2, message)
+    assert invoke("replay", "--limit", 9, "--config", config, "--table", "b").exit_code == 0
+
+
+def test_replay_through_a_store_says_how_large_its_tier_is(invoke: Invoke, config: Path) -> None:
+    config.write_text('[[table]]\npath = "table"\n[host]\ncapacity = "1GiB"\n')
+    result = invoke("replay", "--limit", 200, "--config", config)
+    (line,) = [line.split() for line in result.output.splitlines() if line.startswith(" s3fifo")]
+    assert line[1] == "1.3", "5000 rows of 264 B"
 
 
 def test_bench_runs_what_is_named(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

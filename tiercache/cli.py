@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
@@ -161,28 +162,56 @@ def replay(
     name: Annotated[str | None, typer.Option("--table", help="Table of the store.")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="Policy to simulate, or several.")] = None,
     capacity: Annotated[list[str] | None, typer.Option(help="Tier size to simulate, or several.")] = None,
-    record_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a simulated record.")] = 264,
-    num_rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of the simulated table.")] = 8_134_407,
+    record_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Bytes of a simulated record; 264 where it is not given.")
+    ] = None,
+    num_rows: Annotated[
+        int | None, typer.Option("--rows", min=1, help="Rows of the simulated table; 8,134,407 where it is not given.")
+    ] = None,
 ) -> None:
     """Replay the n-grams of a text, live or simulated: hit rates, bytes read, and what no policy could beat."""
+    live, simulated = {"--table": name}, dict(zip(_SIMULATED, (policy, capacity, record_bytes, num_rows), strict=True))
+    if config is None:
+        _refuse(live, "names a table of a store; it needs --config")
+    else:
+        _refuse(simulated, "are for a simulation; with --config the store decides")
     stream = load_tokens(text)
     stream = stream if limit is None else stream.first(limit)
     if config is not None:
-        with Store.open(config) as store:
-            wanted = _trace(stream, store.num_rows(name), vocabulary, batch)
-            with console.status(f"Fetching {wanted.rows.size:,} rows"):
-                result = replay_live(store, wanted, uses_of(wanted), table=name)
-        _print_replays([result], store.config.host.capacity // result.capacity)
-        p50, p99 = np.percentile(result.latency_ns, (50, 99)) / 1e6
-        console.print(f"{wanted.num_batches:,} fetches: p50 {p50:.3f} ms, p99 {p99:.3f} ms")
+        _replay_live(config, name, lambda rows: _trace(stream, rows, vocabulary, batch))
         return
     policies = _known(policy or [DEFAULT])
-    wanted = _trace(stream, num_rows, vocabulary, batch)
+    record_bytes = record_bytes or 264
+    wanted = _trace(stream, num_rows or 8_134_407, vocabulary, batch)
     uses = uses_of(wanted)
     sizes = [max(1, _bytes(size) // record_bytes) for size in capacity or ["64MiB"]]
     with console.status(f"Simulating {wanted.rows.size:,} rows"):
         results = [_simulate(each, slots, wanted, uses, record_bytes) for slots in sizes for each in policies]
     _print_replays(results, record_bytes)
+
+
+_SIMULATED = ("--policy", "--capacity", "--record-bytes", "--rows")
+
+
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    """ConfigError where one of these options was given."""
+    if given := [option for option, value in options.items() if value is not None and value != []]:
+        raise ConfigError(f"{', '.join(given)}: {why}")
+
+
+def _replay_live(config: Path, name: str | None, trace: Callable[[int], Trace]) -> None:
+    with Store.open(config) as store:
+        if name is None and len(store.tables) > 1:
+            raise ConfigError(f"--table: is required, as there are several; allowed are {', '.join(store.tables)}")
+        if name is not None and name not in store.tables:
+            raise ConfigError(f"--table {name!r}: allowed are {', '.join(store.tables)}")
+        wanted = trace(store.num_rows(name))
+        with console.status(f"Fetching {wanted.rows.size:,} rows"):
+            result = replay_live(store, wanted, uses_of(wanted), table=name)
+        host = store.stats().host
+    _print_replays([result], host.capacity_bytes // host.capacity_slots)
+    p50, p99 = np.percentile(result.latency_ns, (50, 99)) / 1e6
+    console.print(f"{wanted.num_batches:,} fetches: p50 {p50:.3f} ms, p99 {p99:.3f} ms")
 
 
 def _simulate(policy: str, slots: int, wanted: Trace, uses: Uses, record_bytes: int) -> Replay:
