@@ -16,6 +16,7 @@ from stores import ENGINES, ENGRAM, StoreSource, config_of, open_with, oracle_te
 from tiercache.lab.simulator import Counts, simulate
 from tiercache.policies import POLICIES
 from tiercache.records import Field, Record, plain
+from tiercache.stats import LevelStats, StorageStats, StoreStats
 from tiercache.storage import probe
 from tiercache.storage.memory import MemoryTable
 from tiercache.storage.pack import pack_rows
@@ -335,6 +336,21 @@ def test_stats_of_the_disk(tmp_path, engine):
         storage = store.stats().storage
         assert (storage.engine, storage.alignment, storage.jobs, storage.notes) == (engine, 1, 0, ())
         assert (storage.reads, storage.bytes_read) == (2, 2 * 264)
+
+
+def test_stats_of_the_disk_leave_the_probe_out(tmp_path):
+    with Store.open(config_of(write_rows(tmp_path / "t.safetensors", 50, 264), engine="auto", direct=False)) as store:
+        storage = store.stats().storage
+        assert (storage.reads, storage.bytes_read, storage.jobs) == (0, 0, 0)
+        store.fetch([0, 49])
+        storage = store.stats().storage
+        assert (storage.reads, storage.bytes_read) == (2, 2 * 264)
+
+
+def test_every_count_is_explained():
+    for kind in (StoreStats, LevelStats, StorageStats):
+        explained = [line.split()[0] for line in kind.__doc__.splitlines() if line.startswith("    ") and line.strip()]
+        assert explained == list(kind._fields)
 
 
 @pytest.mark.parametrize(("threads_rate", "engine"), [(50.0, "uring"), (120.0, "uring"), (130.0, "threads")])

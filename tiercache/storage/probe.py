@@ -33,7 +33,10 @@ class Choice(NamedTuple):
 
 
 def start_engine(name: str, files: OpenFiles, queue_depth: int, slot_bytes: int) -> Choice:
-    """Start the named engine, or for "auto" io_uring, unless threads are faster here by far or the kernel grants no ring."""
+    """Start the named engine, or for "auto" io_uring, unless threads are faster here by far or the kernel grants no ring.
+
+    Its queue has counted nothing yet.
+    """
     notes: tuple[str, ...] = (files.refusal,) if files.refusal else ()
     candidates = ("uring", "threads") if name == "auto" else (name,)
     engines: list[Engine] = []
@@ -56,6 +59,7 @@ def start_engine(name: str, files: OpenFiles, queue_depth: int, slot_bytes: int)
     for engine in engines:
         if engine is not best:
             engine.close()
+    best.queue.control[[q.READS_DONE, q.BYTES_READ]] = 0
     return Choice(best, rates, notes)
 
 
