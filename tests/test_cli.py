@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
+from stores import write_engram
 from typer.testing import CliRunner, Result
 
 from tiercache import cli, demo
@@ -68,6 +69,14 @@ def test_a_table_is_packed_inspected_and_verified(invoke: Invoke, checkpoint: Pa
     assert invoke("verify", packed).exit_code == 0
     with Store.open({"table": [{"path": packed}]}) as store:
         assert torch.equal(store.fetch([3, 4999])[:, 1], torch.tensor([49, 79985]).to(torch.bfloat16))
+
+
+def test_packing_values_without_their_scale_is_told(invoke: Invoke, tmp_path: Path) -> None:
+    path = write_engram(tmp_path / "t.safetensors", np.zeros((5, 264), np.uint8))
+    result = invoke("pack", path, tmp_path / "values", "--field", "weight")
+    assert (result.exit_code, result.stderr.count("\n")) == (0, 1)
+    assert result.stderr.startswith("tiercache: note: ")
+    assert invoke("pack", path, tmp_path / "both", "--field", "weight", "--field", "scale").stderr == ""
 
 
 def test_verify_names_the_damaged_page(invoke: Invoke, checkpoint: Path, tmp_path: Path) -> None:

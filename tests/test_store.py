@@ -347,6 +347,14 @@ def test_stats_of_the_disk_leave_the_probe_out(tmp_path):
         assert (storage.reads, storage.bytes_read) == (2, 2 * 264)
 
 
+def test_a_store_warns_of_values_without_their_scale(tmp_path):
+    path = write_engram(tmp_path / "t.safetensors", oracle(np.arange(5), 264))
+    config = config_of()
+    config["table"] = [{"path": path, "fields": ["weight"]}]
+    with pytest.warns(RuntimeWarning, match=r"no scale among the fields.*'weight' stay.*'scale'"), Store.open(config) as store:
+        assert "'scale'" in store.stats().storage.notes[0]
+
+
 def test_every_count_is_explained():
     for kind in (StoreStats, LevelStats, StorageStats):
         explained = [line.split()[0] for line in kind.__doc__.splitlines() if line.startswith("    ") and line.strip()]

@@ -32,6 +32,11 @@ from tiercache.store import Store
 _BENCH = Path(__file__).parent.parent / "bench"
 
 
+def _tell(message: str, style: str) -> None:
+    """One line on stderr."""
+    Console(stderr=True).print(f"tiercache: {message}", style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 class _Commands(TyperGroup):
     """Commands whose expected errors are one line and an exit code: 2 for a wrong setting, 1 for the rest."""
 
@@ -39,9 +44,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (TierCacheError, OSError) as error:
-            Console(stderr=True).print(
-                f"tiercache: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-            )
+            _tell(str(error), "red")
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
 
 
@@ -102,6 +105,8 @@ def pack(source: Path, destination: Path, field: Fields = None) -> None:
             fields=tuple(field or ()),
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
+    for note in report.notes:
+        _tell(f"note: {note}", "yellow")
     rate = report.num_bytes / report.seconds / 2**20
     console.print(
         f"{report.path}: {report.num_rows:,} rows of {report.record_bytes} B, {rate:,.0f} MiB/s",

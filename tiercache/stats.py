@@ -42,7 +42,7 @@ class StorageStats(NamedTuple):
     bytes_read         bytes of these requests, with what alignment and gaps between neighbours add
     jobs               jobs in progress now: fetches and prefetches whose reads have not all landed
     probe_reads_per_s  reads per second that each engine reached in the probe; empty where one was named or is the only one
-    notes              what was asked for and could not be had, each as it was warned of at open
+    notes              what was warned of at open: what could not be had, and fp8 values that seem to miss their scale
     """
 
     engine: str

@@ -91,7 +91,8 @@ class Store:
         the tables on disk that the config names.
 
         Raises ConfigError for a setting, FormatError and StorageError for a table that cannot be served. What the kernel
-        or the file system refuses (io_uring, O_DIRECT) is told once, as a warning and in `stats().storage.notes`.
+        or the file system refuses (io_uring, O_DIRECT) is told once, as a warning and in `stats().storage.notes`; so are
+        fp8 values whose scale seems to be there and is not among the fields.
         """
         settings = StoreConfig.load(config)
         described: dict[str, FileTable | Source] = {

@@ -53,6 +53,7 @@ class PackReport(NamedTuple):
     num_bytes: int  # of records
     identity: str
     seconds: float
+    notes: tuple[str, ...]  # on the source: fp8 values that seem to miss their scale
 
 
 class BadPage(NamedTuple):
@@ -100,7 +101,8 @@ def pack(
     origin = {"kind": _kind(Path(source)), "name": Path(source).name, "identity": table.identity}
     with ExitStack() as stack:
         reader = _Reader(table, stack)
-        return _write(reader, Path(destination), origin, progress, reader.require_unchanged)
+        report = _write(reader, Path(destination), origin, progress, reader.require_unchanged)
+    return report._replace(notes=table.notes)
 
 
 def pack_rows(source: Source, destination: str | os.PathLike[str], *, progress: Progress | None = None) -> PackReport:
@@ -204,6 +206,7 @@ def _write(
         num_bytes=num_bytes,
         identity=identity,
         seconds=time.monotonic() - started,
+        notes=(),
     )
 
 
