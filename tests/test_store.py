@@ -292,7 +292,7 @@ def test_a_cancelled_ticket_spoils_nothing_for_others(tmp_path, engine):
         assert torch.equal(store.fetch(rows), oracle_tensor(rows, 264))
 
 
-@pytest.mark.parametrize("deadline", [-1, -0.001, float("nan")])
+@pytest.mark.parametrize("deadline", [-1, -0.001, float("nan"), "soon"])
 def test_a_deadline_lies_ahead(store, deadline):
     with pytest.raises(ValueError, match="deadline"):
         store.prefetch([1], deadline=deadline)
@@ -353,6 +353,19 @@ def test_a_store_warns_of_values_without_their_scale(tmp_path):
     config["table"] = [{"path": path, "fields": ["weight"]}]
     with pytest.warns(RuntimeWarning, match=r"no scale among the fields.*'weight' stay.*'scale'"), Store.open(config) as store:
         assert "'scale'" in store.stats().storage.notes[0]
+
+
+def test_a_store_says_what_its_rows_are(tmp_path):
+    path = write_engram(tmp_path / "t.safetensors", oracle(np.arange(5), 264))
+    config = config_of() | {"table": [{"name": "fp8", "path": path, "fields": ["weight", "scale"]}]}
+    with Store.open(config, tables={"plain": np.zeros((3, 5), np.float32)}) as store:
+        assert (store.dtype("fp8"), store.record_bytes("fp8"), store.dim("fp8")) == (torch.bfloat16, 264, 256)
+        assert (store.dtype("plain"), store.record_bytes("plain"), store.dim("plain")) == (torch.float32, 20, 5)
+        for table in store.tables:
+            assert store.fetch([0], table=table).dtype == store.dtype(table)
+            assert store.fetch([0], table=table, raw=True).shape == (1, store.record_bytes(table))
+    with Store.open({"dtype": "float16"}, tables={"plain": np.zeros((3, 5), np.float32)}) as store:
+        assert store.dtype() == torch.float16
 
 
 def test_every_count_is_explained():
