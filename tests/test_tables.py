@@ -155,6 +155,24 @@ def test_a_single_number_among_the_fields_is_the_scale_of_the_table(tmp_path, dt
     assert np.array_equal(read_all(table), weight.view(torch.uint8).numpy())
 
 
+def test_a_path_that_is_not_there_is_named_with_its_table(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "none.safetensors", tmp_path / "none", tmp_path / "file" / "below"):
+        with pytest.raises(StorageError, match=r"no such file or directory, the path of table 'words': '.*'") as caught:
+            open_table("words", path)
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOENT, str(path))
+
+
+def test_a_directory_of_files_points_at_the_file(tmp_path):
+    for number in range(6):
+        save_file({"w": torch.zeros(3, 4)}, tmp_path / f"{number}.safetensors")
+    with pytest.raises(FormatError, match=r"not a packed table; a path names the file: .*/0\.safetensors, .* or 2 more"):
+        open_table("t", tmp_path)
+    index = write_index(tmp_path, {"w": "0.safetensors"})
+    with pytest.raises(FormatError, match=rf"a path names the file: {index}$"):
+        open_table("t", tmp_path, fields=["w"])
+
+
 @pytest.mark.parametrize(
     ("weight", "scale", "told"),
     [
