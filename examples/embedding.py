@@ -1,4 +1,7 @@
-"""The smallest embedding of a store in a model: a module whose rows come from disk, read while earlier layers compute."""
+"""The smallest embedding of a store in a model: a module whose rows come from disk, read while earlier layers compute.
+
+It writes its checkpoint with safetensors, which `pip install safetensors` brings, and the extra `[dev]`.
+"""
 
 import tempfile
 from pathlib import Path
@@ -15,16 +18,21 @@ class StoredEmbedding(torch.nn.Module):
     def __init__(self, store: Store) -> None:
         super().__init__()
         self.store = store
-        self.ticket: Ticket | None = None
+        self.pending: tuple[torch.Tensor, Ticket] | None = None
 
     def prefetch(self, indices: torch.Tensor) -> None:
         """Begin to read the rows of the next `forward`."""
-        self.ticket = self.store.prefetch(indices)
+        self.pending = indices.clone(), self.store.prefetch(indices)
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
-        """Rows: [*indices.shape, dim]."""
-        ticket, self.ticket = self.ticket, None
-        return self.store.fetch(indices) if ticket is None else ticket.take()
+        """Rows: [*indices.shape, dim], of these indices, whatever was prefetched."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            prefetched, ticket = pending
+            if torch.equal(prefetched, indices):
+                return ticket.take()
+            ticket.cancel()
+        return self.store.fetch(indices)
 
 
 def main(directory: Path) -> torch.Tensor:

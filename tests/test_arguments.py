@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from stores import config_of, descriptors_of, is_exact, store_threads, write_rows
 
 from tiercache.errors import ConfigError, FormatError, StorageError
+from tiercache.records import plain
 from tiercache.store import Store
 from tiercache.testing import oracle
 
@@ -128,7 +130,8 @@ def test_a_table_that_is_not_there(store):
         ({"host": {"capacity": "many"}}, r"host\.capacity = 'many'"),
         ({"host": {"capacity": 263}}, r"host\.capacity = 263: holds no row of 264 bytes"),
         ({"host": {"policy": "best"}}, r"host\.policy = 'best'"),
-        ({"host": {"policy": "lru", "policy_options": {"small": 0.1}}}, r"policy_options = .*small.*'lru'"),
+        ({"host": {"policy": "lru", "policy_options": {"small": 0.1}}}, r"policy_options = .*small.*'lru'.*takes no options"),
+        ({"host": {"policy_options": {"smal": 0.1}}}, r"policy_options = .*smal.*; it takes small, ghost, threshold"),
         ({"host": {"policy": "s3fifo", "policy_options": {"small": 2}}}, r"policy_options = .*small"),
         ({"host": {"policy": "static"}}, r"host = .*'static'.*needs one"),
         ({"hots": {}}, "hots"),
@@ -148,7 +151,27 @@ def test_a_store_needs_a_table_and_each_a_name_of_its_own(file):
     with pytest.raises(ConfigError, match="at least one table"):
         Store.open({})
     with pytest.raises(ConfigError, match="'file'"):
-        Store.open(config_of(file), tables={"file": np.zeros((1, 1))})
+        Store.open(config_of(file), tables={"file": np.zeros((1, 1), np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ([np.zeros((1, 1))], r"tables = \[.*: allowed is a mapping from names"),
+        ({"x": "model.safetensors"}, r"tables\['x'\] = 'model.safetensors': .*a path belongs to a table of the config"),
+        ({"x": Path("t")}, r"tables\['x'\] = .*a path belongs"),
+        ({"x": [[1.0]]}, r"tables\['x'\] = .*to be a source it lacks num_rows, record, read, close"),
+        ({3: np.zeros((1, 1))}, r"tables\[3\] = .*a table's name is text"),
+        ({"x": SimpleNamespace(num_rows=1, record=plain("U8", 1), read=print)}, r"it lacks close"),
+        ({"x": SimpleNamespace(num_rows=1, record=8, read=print, close=print)}, r"its record is a int, not a tiercache"),
+        ({"x": SimpleNamespace(num_rows=0, record=plain("U8", 1), read=print, close=print)}, r"its num_rows is 0"),
+        ({"x": SimpleNamespace(num_rows="9", record=plain("U8", 1), read=print, close=print)}, r"its num_rows is '9'"),
+    ],
+)
+def test_what_is_no_source(tables, message):
+    with pytest.raises(ConfigError, match=message):
+        Store.open({}, tables=tables)
+    assert not store_threads()
 
 
 def truncate(path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
+from stores import write_engram
 from typer.testing import CliRunner, Result
 
 from tiercache import cli, demo
@@ -70,6 +71,44 @@ def test_a_table_is_packed_inspected_and_verified(invoke: Invoke, checkpoint: Pa
         assert torch.equal(store.fetch([3, 4999])[:, 1], torch.tensor([49, 79985]).to(torch.bfloat16))
 
 
+def test_packing_values_without_their_scale_is_told(invoke: Invoke, tmp_path: Path) -> None:
+    path = write_engram(tmp_path / "t.safetensors", np.zeros((5, 264), np.uint8))
+    result = invoke("pack", path, tmp_path / "values", "--field", "weight")
+    assert (result.exit_code, result.stderr.count("\n")) == (0, 1)
+    assert result.stderr.startswith("tiercache: note: ")
+    assert invoke("pack", path, tmp_path / "both", "--field", "weight", "--field", "scale").stderr == ""
+
+
+def test_what_inspect_prints_is_whole_where_it_is_piped(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli, "console", Console(width=40))
+    result = CliRunner().invoke(cli.app, ["inspect", str(checkpoint)])
+    lines = dict(line.split("  ", 1) for line in result.stdout.splitlines() if not line.startswith(" "))
+    assert len(lines["identity"].strip()) == 64
+    assert lines["files"].strip() == "1, 156.33 KiB"
+    assert all(line == line.rstrip() for line in result.stdout.splitlines())
+    assert [cli._size(size) for size in (0, 1023, 1024, 3 << 19, 1 << 31, 5 << 40, 1 << 52)] == [
+        *("0 B", "1023 B", "1.00 KiB", "1.50 MiB", "2.00 GiB", "5.00 TiB", "4,096.00 TiB")
+    ]
+
+
+def test_progress_is_drawn_on_stderr_and_only_once_there_is_some(
+    invoke: Invoke, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "nowhere" in (failed := invoke("verify", tmp_path / "nowhere").stderr)
+    assert "━" not in failed
+    result = invoke("pack", checkpoint, tmp_path / "packed")
+    assert "━" in result.stderr
+    assert "━" not in result.stdout
+
+
+def test_arguments_have_help(invoke: Invoke) -> None:
+    for command, words in (("pack", "Directory to make"), ("inspect", "the directory of a packed"), ("verify", "Packed table")):
+        assert words in " ".join(invoke(command, "--help").output.replace("│", " ").split())
+
+
 def test_verify_names_the_damaged_page(invoke: Invoke, checkpoint: Path, tmp_path: Path) -> None:
     packed = tmp_path / "packed"
     invoke("pack", checkpoint, packed)
@@ -87,8 +126,11 @@ def test_verify_names_the_damaged_page(invoke: Invoke, checkpoint: Path, tmp_pat
     [
         (["inspect", "nowhere"], 1, "nowhere"),
         (["inspect", "."], 1, "not a packed table"),
-        (["verify", "nowhere"], 1, "nowhere"),
-        (["pack", "nowhere", "there"], 1, "nowhere"),
+        (["verify", "nowhere"], 1, "no such file or directory, the table to verify: 'nowhere'"),
+        (["pack", "nowhere", "there"], 1, "no such file or directory, the table to pack: 'nowhere'"),
+        (["inspect", "nowhere.safetensors"], 1, "no such file or directory, the table to inspect"),
+        (["demo", "--tokens", "5"], 2, "--tokens"),
+        (["demo", "--directory", "some-file"], 2, "directory = 'some-file': is a file"),
         (["replay", "--tokens", "nowhere.npz"], 1, "nowhere.npz"),
         (["replay", "--config", "nowhere.toml"], 2, "nowhere.toml"),
         (["replay", "--limit", "9", "--capacity", "plenty"], 2, "'plenty'"),
@@ -96,6 +138,9 @@ def test_verify_names_the_damaged_page(invoke: Invoke, checkpoint: Path, tmp_pat
         (["replay", "--limit", "9", "--policy", "best"], 2, "'best'"),
         (["replay", "--limit", "9", "--rows", "5"], 2, "num_rows = 5"),
         (["replay", "--limit", "9", "--vocabulary", "5"], 2, "outside 0..4"),
+        (["replay", "--limit", "9", "--table", "a"], 2, "--table: names a table of a store; it needs --config"),
+        (["replay", "--config", "c", "--policy", "lru", "--rows", "9"], 2, "--policy, --rows: are for a simulation"),
+        (["replay", "--config", "c", "--capacity", "9", "--record-bytes", "9"], 2, "--capacity, --record-bytes: "),
         (["bench", "--no-such-option"], 2, "no-such-option"),
     ],
 )
@@ -103,9 +148,11 @@ def test_errors_are_one_line_and_a_code(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("some-file").touch()
     result = invoke(*arguments)
     assert result.exit_code == code
     assert message in result.stderr
+    assert result.stdout == ""
     assert "Traceback" not in result.output
     if "Usage:" not in result.stderr:
         assert result.stderr.startswith("tiercache: ")
@@ -137,6 +184,24 @@ def test_replay_through_a_store_counts_what_the_simulator_counts(invoke: Invoke,
     assert counted(live) == counted(simulated)
 
 
+def test_replay_through_a_store_needs_the_name_of_one_of_its_tables(invoke: Invoke, config: Path) -> None:
+    config.write_text('[[table]]\nname = "a"\npath = "table"\n[[table]]\nname = "b"\npath = "table"\n')
+    for options, message in (
+        ([], "tiercache: --table: is required, as there are several; allowed are a, b\n"),
+        (["--table", "c"], "tiercache: --table 'c': allowed are a, b\n"),
+    ):
+        result = invoke("replay", "--limit", 9, "--config", config, *options)
+        assert (result.exit_code, result.stderr) == (2, message)
+    assert invoke("replay", "--limit", 9, "--config", config, "--table", "b").exit_code == 0
+
+
+def test_replay_through_a_store_says_how_large_its_tier_is(invoke: Invoke, config: Path) -> None:
+    config.write_text('[[table]]\npath = "table"\n[host]\ncapacity = "1GiB"\n')
+    result = invoke("replay", "--limit", 200, "--config", config)
+    (line,) = [line.split() for line in result.output.splitlines() if line.startswith(" s3fifo")]
+    assert line[1] == "1.3", "5000 rows of 264 B"
+
+
 def test_bench_runs_what_is_named(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_BENCH", tmp_path)
     assert invoke("bench").exit_code == 2, "without a checkout there is nothing to run"
@@ -158,7 +223,15 @@ def test_the_demo_checks_every_row_and_draws(tmp_path: Path, monkeypatch: pytest
     counts, bounds = result.replay.counts, result.replay.bounds
     assert 0 < counts.hits < bounds.belady <= bounds.unbounded
     assert result.picture.read_bytes().startswith(b"\x89PNG")
-    assert all(word in shown.getvalue() for word in ("decode", "p99", "Belady", "hit_rate.png"))
+    assert all(word in shown.getvalue() for word in ("every byte", "decode", "p99", "Belady", "hit_rate.png"))
+
+
+def test_the_fewest_tokens_of_the_demo_make_a_picture(tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo.run, "__kwdefaults__", demo.run.__kwdefaults__ | {"num_rows": 20_000})
+    monkeypatch.setattr(demo, "HOST_BYTES", 1 << 20)
+    result = invoke("demo", "--tokens", 1000, "--directory", tmp_path / "new")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert (tmp_path / "new" / "hit_rate.png").exists()
 
 
 def test_the_demo_table_is_made_once_and_again_when_it_is_not_right(tmp_path: Path) -> None:
@@ -193,4 +266,4 @@ def test_the_demo_notices_one_wrong_byte(tmp_path: Path, monkeypatch: pytest.Mon
     config = {"table": [{"path": tmp_path / "table"}], "host": {"capacity": "64KiB"}}
     trace = cli.Trace(np.arange(2000), np.array([0, 900, 2000]))
     with Store.open(config) as store, pytest.raises(WrongBytes, match="row 1500"):
-        demo._stream(store, trace, FormulaRows(2000), Console(file=StringIO()))
+        demo._stream(store, trace, FormulaRows(2000))

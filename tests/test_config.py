@@ -24,6 +24,8 @@ TABLE = {"path": "t.safetensors"}
         ("8GB", 8 * 10**9),
         ("3KB", 3000),
         (" 2 TiB ", 2 << 40),
+        (np.int64(4096), 4096),
+        (np.uint8(200), 200),
         ("7B", 7),
     ],
 )
@@ -32,7 +34,10 @@ def test_capacities_are_bytes(text, num_bytes):
     assert StoreConfig.load({"host": {"capacity": text}}).host.capacity == num_bytes
 
 
-NO_CAPACITIES = [0, -1, "0", "-5MiB", "", "MiB", "1 mile", "64Mb", "1e9", "0.5B", 1.5, True, None, 1 << 63]
+NO_CAPACITIES = [
+    *(0, -1, "0", "-5MiB", "", "MiB", "1 mile", "64Mb", "1e9", "0.5B", "4gb", "4G"),
+    *(1.5, np.float32(2), True, np.True_, None, 1 << 63),
+]
 
 
 @pytest.mark.parametrize("text", NO_CAPACITIES, ids=repr)
@@ -102,6 +107,14 @@ def test_a_mapping_may_say_tables():
         ({"table": [TABLE, TABLE]}, r"table = .*more than once: table"),
         ({"table": [TABLE | {"name": ""}]}, r"table\.0\.name = ''"),
         ({"table": [TABLE | {"fields": "w"}]}, r"table\.0\.fields = 'w'"),
+        ({"table": TABLE}, r"table = .*: allowed is a list of sections, each of which a TOML file begins with \[\[table\]\]"),
+        ({"tables": 5}, r"tables = 5: .*\[\[table\]\]"),
+        ({"table": [TABLE | {"fields": "w"}]}, r"table\.0\.fields = 'w': allowed is a list of names"),
+        ({"table": [TABLE | {"resident": [3]}]}, r"table\.0\.resident\.0 = 3: allowed is text"),
+        ({"table": [{"path": 7}]}, r"table\.0\.path = 7: allowed is a path"),
+        ({"table": ["t"]}, r"table\.0 = 't': allowed is a section"),
+        ({"host": 5}, r"host = 5: allowed is a section of settings by name"),
+        ({"host": {"policy_options": [1]}}, r"host\.policy_options = \[1\]: allowed is a section"),
         ({"host": {"policy": "random"}}, r"host\.policy = 'random': .*'fifo', 'lru'.*'static'"),
         ({"host": {"policy": "belady"}}, r"host\.policy = 'belady'"),
         ({"host": {"policy_options": {"window": "x"}}}, r"host\.policy_options\.window = 'x': allowed is a number"),
@@ -117,6 +130,18 @@ def test_a_mapping_may_say_tables():
 def test_refusals_name_field_value_and_what_is_allowed(config, message):
     with pytest.raises(ConfigError, match=message):
         StoreConfig.load(config)
+
+
+@pytest.mark.parametrize("config", [None, 5, [TABLE]], ids=repr)
+def test_what_is_no_config_is_refused(config):
+    with pytest.raises(ConfigError, match=r"config = .*allowed are the path of a TOML file, a mapping and a StoreConfig"):
+        Store.open(config)
+
+
+def test_numbers_of_numpy_are_numbers():
+    options = StoreConfig.load({"host": {"policy_options": {"small": np.float64(0.5), "threshold": np.int8(2)}}})
+    assert options.host.policy_options == {"small": 0.5, "threshold": 2}
+    assert [type(value) for value in options.host.policy_options.values()] == [float, int]
 
 
 def test_every_refusal_is_named_at_once():

@@ -3,23 +3,44 @@
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from tiercache.config import StoreConfig
+from tiercache.store import Store
 
 _ROOT = Path(__file__).parent.parent
 
 
-def test_the_embedding_example_runs(tmp_path: Path) -> None:
+def load_embedding() -> Any:
     spec = importlib.util.spec_from_file_location("embedding", _ROOT / "examples" / "embedding.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.main(tmp_path).shape == (2, 3, 64)
+    return module
+
+
+def test_the_embedding_example_runs(tmp_path: Path) -> None:
+    assert load_embedding().main(tmp_path).shape == (2, 3, 64)
+
+
+@pytest.mark.parametrize("indices", [torch.tensor([4, 5]), torch.tensor([[1], [2]]), torch.tensor([], dtype=torch.int64)])
+def test_the_embedding_gives_the_rows_asked_for_and_not_those_prefetched(indices: torch.Tensor) -> None:
+    weight = torch.randn(10, 4)
+    with Store.open({"host": {"capacity": "160B"}}, tables={"embed": weight}) as store:
+        embedding = load_embedding().StoredEmbedding(store)
+        prefetched = torch.tensor([1, 2])
+        embedding.prefetch(prefetched)
+        prefetched.fill_(7)
+        assert torch.equal(embedding(indices), weight[indices])
+        assert torch.equal(embedding(torch.tensor([3])), weight[[3]])
+        embedding.prefetch(indices)
+        assert torch.equal(embedding(indices), weight[indices])
+        assert torch.equal(embedding(prefetched), weight[[7, 7]])
 
 
 def test_the_example_config_has_every_setting_and_only_those() -> None:

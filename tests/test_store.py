@@ -16,6 +16,7 @@ from stores import ENGINES, ENGRAM, StoreSource, config_of, open_with, oracle_te
 from tiercache.lab.simulator import Counts, simulate
 from tiercache.policies import POLICIES
 from tiercache.records import Field, Record, plain
+from tiercache.stats import LevelStats, StorageStats, StoreStats
 from tiercache.storage import probe
 from tiercache.storage.memory import MemoryTable
 from tiercache.storage.pack import pack_rows
@@ -291,7 +292,7 @@ def test_a_cancelled_ticket_spoils_nothing_for_others(tmp_path, engine):
         assert torch.equal(store.fetch(rows), oracle_tensor(rows, 264))
 
 
-@pytest.mark.parametrize("deadline", [-1, -0.001, float("nan")])
+@pytest.mark.parametrize("deadline", [-1, -0.001, float("nan"), "soon"])
 def test_a_deadline_lies_ahead(store, deadline):
     with pytest.raises(ValueError, match="deadline"):
         store.prefetch([1], deadline=deadline)
@@ -335,6 +336,42 @@ def test_stats_of_the_disk(tmp_path, engine):
         storage = store.stats().storage
         assert (storage.engine, storage.alignment, storage.jobs, storage.notes) == (engine, 1, 0, ())
         assert (storage.reads, storage.bytes_read) == (2, 2 * 264)
+
+
+def test_stats_of_the_disk_leave_the_probe_out(tmp_path):
+    with Store.open(config_of(write_rows(tmp_path / "t.safetensors", 50, 264), engine="auto", direct=False)) as store:
+        storage = store.stats().storage
+        assert (storage.reads, storage.bytes_read, storage.jobs) == (0, 0, 0)
+        store.fetch([0, 49])
+        storage = store.stats().storage
+        assert (storage.reads, storage.bytes_read) == (2, 2 * 264)
+
+
+def test_a_store_warns_of_values_without_their_scale(tmp_path):
+    path = write_engram(tmp_path / "t.safetensors", oracle(np.arange(5), 264))
+    config = config_of()
+    config["table"] = [{"path": path, "fields": ["weight"]}]
+    with pytest.warns(RuntimeWarning, match=r"no scale among the fields.*'weight' stay.*'scale'"), Store.open(config) as store:
+        assert "'scale'" in store.stats().storage.notes[0]
+
+
+def test_a_store_says_what_its_rows_are(tmp_path):
+    path = write_engram(tmp_path / "t.safetensors", oracle(np.arange(5), 264))
+    config = config_of() | {"table": [{"name": "fp8", "path": path, "fields": ["weight", "scale"]}]}
+    with Store.open(config, tables={"plain": np.zeros((3, 5), np.float32)}) as store:
+        assert (store.dtype("fp8"), store.record_bytes("fp8"), store.dim("fp8")) == (torch.bfloat16, 264, 256)
+        assert (store.dtype("plain"), store.record_bytes("plain"), store.dim("plain")) == (torch.float32, 20, 5)
+        for table in store.tables:
+            assert store.fetch([0], table=table).dtype == store.dtype(table)
+            assert store.fetch([0], table=table, raw=True).shape == (1, store.record_bytes(table))
+    with Store.open({"dtype": "float16"}, tables={"plain": np.zeros((3, 5), np.float32)}) as store:
+        assert store.dtype() == torch.float16
+
+
+def test_every_count_is_explained():
+    for kind in (StoreStats, LevelStats, StorageStats):
+        explained = [line.split()[0] for line in kind.__doc__.splitlines() if line.startswith("    ") and line.strip()]
+        assert explained == list(kind._fields)
 
 
 @pytest.mark.parametrize(("threads_rate", "engine"), [(50.0, "uring"), (120.0, "uring"), (130.0, "threads")])

@@ -155,6 +155,60 @@ def test_a_single_number_among_the_fields_is_the_scale_of_the_table(tmp_path, dt
     assert np.array_equal(read_all(table), weight.view(torch.uint8).numpy())
 
 
+def test_a_path_that_is_not_there_is_named_with_its_table(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "none.safetensors", tmp_path / "none", tmp_path / "file" / "below"):
+        with pytest.raises(StorageError, match=r"no such file or directory, the path of table 'words': '.*'") as caught:
+            open_table("words", path)
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOENT, str(path))
+
+
+def test_a_directory_of_files_points_at_the_file(tmp_path):
+    for number in range(6):
+        save_file({"w": torch.zeros(3, 4)}, tmp_path / f"{number}.safetensors")
+    with pytest.raises(FormatError, match=r"not a packed table; a path names the file: .*/0\.safetensors, .* or 2 more"):
+        open_table("t", tmp_path)
+    index = write_index(tmp_path, {"w": "0.safetensors"})
+    with pytest.raises(FormatError, match=rf"a path names the file: {index}$"):
+        open_table("t", tmp_path, fields=["w"])
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "told"),
+    [
+        (ENGRAM[0], ENGRAM[1], True),
+        ("embed.weight", "embed.weight_scale_inv", True),
+        ("embed.weight", "embed.weight.scale", True),
+        ("embed", "embed.scale", True),
+        ("weight", "scale", True),
+        ("embed.weight", "norm.weight", False),
+        ("layers.1.weight", "layers.2.scale", False),
+        ("embed.weight", "scale", False),
+    ],
+)
+def test_fp8_values_without_their_scale_are_told_of(tmp_path, weight, scale, told):
+    values, scales = list(engram_tensors().values())[:2]
+    save_file({weight: values, scale: scales}, tmp_path / "t.safetensors")
+    (tmp_path / "shards").mkdir()
+    save_file({weight: values}, tmp_path / "shards" / "a.safetensors")
+    index = write_index(tmp_path / "shards", {weight: "a.safetensors", scale: "not-downloaded.safetensors"})
+    for path in (tmp_path / "t.safetensors", index):
+        notes = open_table("t", path, fields=[weight]).notes
+        assert len(notes) == told
+        assert all(str(path) in note and repr(weight) in note and repr(scale) in note for note in notes)
+    assert open_table("t", tmp_path / "t.safetensors", fields=[weight, scale]).notes == ()
+
+
+def test_a_scale_of_the_pieces_of_a_weight_is_found(tmp_path):
+    values, scales = list(engram_tensors().values())[:2]
+    tensors = {"e.weight.3": values[:10].clone(), "e.weight.4": values[10:].clone(), "e.scale.3": scales[:10].clone()}
+    save_file(tensors, tmp_path / "t.safetensors")
+    (note,) = open_table("t", tmp_path / "t.safetensors", fields=["e.weight.{shard}"]).notes
+    assert "'e.scale.3'" in note
+    save_file({"w": torch.zeros(3, 4), "w_scale": torch.ones(1)}, tmp_path / "plain.safetensors")
+    assert open_table("t", tmp_path / "plain.safetensors").notes == ()
+
+
 def test_the_identity_is_of_the_data_not_of_the_files(tmp_path):
     tensors = engram_tensors(300)
     save_file(tensors, tmp_path / "one.safetensors")

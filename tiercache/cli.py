@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +33,11 @@ from tiercache.store import Store
 _BENCH = Path(__file__).parent.parent / "bench"
 
 
+def _tell(message: str, style: str) -> None:
+    """One line on stderr."""
+    Console(stderr=True).print(f"tiercache: {message}", style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 class _Commands(TyperGroup):
     """Commands whose expected errors are one line and an exit code: 2 for a wrong setting, 1 for the rest."""
 
@@ -38,9 +45,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (TierCacheError, OSError) as error:
-            Console(stderr=True).print(
-                f"tiercache: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-            )
+            _tell(str(error), "red")
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
 
 
@@ -84,23 +89,25 @@ Fields = Annotated[
 @app.command()
 def demo(
     directory: Annotated[Path, typer.Option(help="Where the table and the picture are kept.")] = Path("demo"),
-    num_tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of text to serve.")] = 100_000,
+    num_tokens: Annotated[
+        int, typer.Option("--tokens", min=1000, help="Tokens of text to serve; with fewer there is nothing to draw.")
+    ] = 100_000,
 ) -> None:
     """Serve real text from a 2 GiB table through 64 MiB of memory, and compare every byte."""
     demonstration.run(directory, num_tokens=num_tokens, console=console)
 
 
 @app.command()
-def pack(source: Path, destination: Path, field: Fields = None) -> None:
+def pack(
+    source: Annotated[Path, typer.Argument(help="Table to pack: a .safetensors file or a .safetensors.index.json.")],
+    destination: Annotated[Path, typer.Argument(help="Directory to make; nothing may be there yet.")],
+    field: Fields = None,
+) -> None:
     """Write a safetensors table as a packed one: one read a row, with page checksums."""
     with _byte_progress() as progress:
-        task = progress.add_task("", total=None)
-        report = packing.pack(
-            source,
-            destination,
-            fields=tuple(field or ()),
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+        report = packing.pack(source, destination, fields=tuple(field or ()), progress=progress)
+    for note in report.notes:
+        _tell(f"note: {note}", "yellow")
     rate = report.num_bytes / report.seconds / 2**20
     console.print(
         f"{report.path}: {report.num_rows:,} rows of {report.record_bytes} B, {rate:,.0f} MiB/s",
@@ -109,11 +116,10 @@ def pack(source: Path, destination: Path, field: Fields = None) -> None:
 
 
 @app.command()
-def verify(path: Path) -> None:
+def verify(path: Annotated[Path, typer.Argument(help="Packed table, a directory.")]) -> None:
     """Read a packed table and compare every page with its checksum."""
     with _byte_progress() as progress:
-        task = progress.add_task("", total=None)
-        report = packing.verify(path, progress=lambda done, total: progress.update(task, completed=done, total=total))
+        report = packing.verify(path, progress=progress)
     for page in report.bad[:20]:
         console.print(f"{page.file}: page {page.page}, from row {page.first_row}, is damaged", soft_wrap=True)
     console.print(f"{report.num_pages:,} pages of {path}, {len(report.bad):,} damaged", soft_wrap=True)
@@ -123,7 +129,9 @@ def verify(path: Path) -> None:
 
 @app.command()
 def inspect(
-    path: Path,
+    path: Annotated[
+        Path, typer.Argument(help="A .safetensors file, a .safetensors.index.json or the directory of a packed table.")
+    ],
     field: Fields = None,
     engine: Annotated[str, typer.Option(help="storage.engine, as in a config.")] = "auto",
 ) -> None:
@@ -135,7 +143,7 @@ def inspect(
         ("rows", f"{info.num_rows:,}"),
         ("record", f"{info.record.record_bytes} B"),
         *((f"  {part.name}", f"{part.dtype} x {part.width}") for part in info.record.fields),
-        ("files", f"{len(info.files)}, {sum(file.size for file in info.files) / 2**30:,.2f} GiB"),
+        ("files", f"{len(info.files)}, {_size(sum(file.size for file in info.files))}"),
         ("identity", info.identity),
         ("checksums", f"of {info.page_bytes} B pages" if info.page_bytes else "none"),
         *((f"source {key}", value) for key, value in info.source.items()),
@@ -151,10 +159,15 @@ def inspect(
         lines += [("engine", f"{storage.engine}, reads aligned to {storage.alignment} B")]
         lines += [(f"  {engine}", f"{rate:,.0f} reads/s") for engine, rate in storage.probe_reads_per_s.items()]
         lines += [("note", note) for note in storage.notes]
-    table = Table(box=None, show_header=False, pad_edge=False)
+    width = max(len(name) for name, _ in lines)
     for name, value in lines:
-        table.add_row(name, value)
-    console.print(table, highlight=False)
+        console.print(f"{name:{width}}  {value}", soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+
+def _size(num_bytes: int) -> str:
+    """Bytes in the largest unit that they fill."""
+    power = min(max(num_bytes.bit_length() - 1, 0) // 10, 4)
+    return f"{num_bytes / 2 ** (10 * power):,.2f} {'KMGT'[power - 1]}iB" if power else f"{num_bytes} B"
 
 
 @app.command()
@@ -169,28 +182,56 @@ def replay(
     name: Annotated[str | None, typer.Option("--table", help="Table of the store.")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="Policy to simulate, or several.")] = None,
     capacity: Annotated[list[str] | None, typer.Option(help="Tier size to simulate, or several.")] = None,
-    record_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a simulated record.")] = 264,
-    num_rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of the simulated table.")] = 8_134_407,
+    record_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Bytes of a simulated record; 264 where it is not given.")
+    ] = None,
+    num_rows: Annotated[
+        int | None, typer.Option("--rows", min=1, help="Rows of the simulated table; 8,134,407 where it is not given.")
+    ] = None,
 ) -> None:
     """Replay the n-grams of a text, live or simulated: hit rates, bytes read, and what no policy could beat."""
+    live, simulated = {"--table": name}, dict(zip(_SIMULATED, (policy, capacity, record_bytes, num_rows), strict=True))
+    if config is None:
+        _refuse(live, "names a table of a store; it needs --config")
+    else:
+        _refuse(simulated, "are for a simulation; with --config the store decides")
     stream = load_tokens(text)
     stream = stream if limit is None else stream.first(limit)
     if config is not None:
-        with Store.open(config) as store:
-            wanted = _trace(stream, store.num_rows(name), vocabulary, batch)
-            with console.status(f"Fetching {wanted.rows.size:,} rows"):
-                result = replay_live(store, wanted, uses_of(wanted), table=name)
-        _print_replays([result], store.config.host.capacity // result.capacity)
-        p50, p99 = np.percentile(result.latency_ns, (50, 99)) / 1e6
-        console.print(f"{wanted.num_batches:,} fetches: p50 {p50:.3f} ms, p99 {p99:.3f} ms")
+        _replay_live(config, name, lambda rows: _trace(stream, rows, vocabulary, batch))
         return
     policies = _known(policy or [DEFAULT])
-    wanted = _trace(stream, num_rows, vocabulary, batch)
+    record_bytes = record_bytes or 264
+    wanted = _trace(stream, num_rows or 8_134_407, vocabulary, batch)
     uses = uses_of(wanted)
     sizes = [max(1, _bytes(size) // record_bytes) for size in capacity or ["64MiB"]]
-    with console.status(f"Simulating {wanted.rows.size:,} rows"):
+    with Console(stderr=True).status(f"Simulating {wanted.rows.size:,} rows"):
         results = [_simulate(each, slots, wanted, uses, record_bytes) for slots in sizes for each in policies]
     _print_replays(results, record_bytes)
+
+
+_SIMULATED = ("--policy", "--capacity", "--record-bytes", "--rows")
+
+
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    """ConfigError where one of these options was given."""
+    if given := [option for option, value in options.items() if value is not None and value != []]:
+        raise ConfigError(f"{', '.join(given)}: {why}")
+
+
+def _replay_live(config: Path, name: str | None, trace: Callable[[int], Trace]) -> None:
+    with Store.open(config) as store:
+        if name is None and len(store.tables) > 1:
+            raise ConfigError(f"--table: is required, as there are several; allowed are {', '.join(store.tables)}")
+        if name is not None and name not in store.tables:
+            raise ConfigError(f"--table {name!r}: allowed are {', '.join(store.tables)}")
+        wanted = trace(store.num_rows(name))
+        with Console(stderr=True).status(f"Fetching {wanted.rows.size:,} rows"):
+            result = replay_live(store, wanted, uses_of(wanted), table=name)
+        host = store.stats().host
+    _print_replays([result], host.capacity_bytes // host.capacity_slots)
+    p50, p99 = np.percentile(result.latency_ns, (50, 99)) / 1e6
+    console.print(f"{wanted.num_batches:,} fetches: p50 {p50:.3f} ms, p99 {p99:.3f} ms")
 
 
 def _simulate(policy: str, slots: int, wanted: Trace, uses: Uses, record_bytes: int) -> Replay:
@@ -247,8 +288,23 @@ def bench(names: Annotated[list[str] | None, typer.Argument(help="Which to run; 
             raise typer.Exit(code)
 
 
-def _byte_progress() -> Progress:
-    return Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=console)
+@contextmanager
+def _byte_progress() -> Iterator[packing.Progress]:
+    """Draws on stderr how many bytes are done, from the first piece on; nothing where stderr is no terminal."""
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    terminal = Console(stderr=True)
+    progress = Progress(*columns, console=terminal, disable=not terminal.is_terminal)
+    task = progress.add_task("", total=None)
+
+    def show(done: int, total: int) -> None:
+        progress.start()
+        progress.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -38,6 +39,8 @@ _CAPACITY = re.compile(rf"\s*(\d+(?:\.\d+)?)\s*({'|'.join(sorted(_UNITS, reverse
 
 def parse_bytes(value: object) -> int:
     """Bytes of "64MiB", "1.5GiB", "8GB" or a plain int. ValueError for anything else and for less than one byte."""
+    if isinstance(value, np.generic):
+        value = value.item()
     match = _CAPACITY.fullmatch(value) if isinstance(value, str) else None
     if match:
         value = int(Fraction(match[1]) * _UNITS[match[2]])
@@ -47,6 +50,8 @@ def parse_bytes(value: object) -> int:
 
 
 def _number(value: object) -> int | float:
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("allowed is a number")
     return value
@@ -152,7 +157,9 @@ class StoreConfig(_Section):
         """From a TOML file, a mapping or a config. Relative table paths start at the file's directory. ConfigError."""
         if isinstance(source, cls):
             return source
-        base, data = (Path(), source) if isinstance(source, Mapping) else _read_toml(Path(source))  # type: ignore[arg-type]
+        if not isinstance(source, str | os.PathLike | Mapping):
+            raise ConfigError(f"config = {source!r}: allowed are the path of a TOML file, a mapping and a StoreConfig")
+        base, data = (Path(), source) if isinstance(source, Mapping) else _read_toml(Path(source))
         try:
             return cls.model_validate(dict(data), context={"base": base})
         except ValidationError as error:
@@ -167,6 +174,14 @@ _SECTIONS: dict[str, Any] = {
     "storage": StorageConfig,
 }
 _HINTS = {"mode": "this release only reads; "}
+_SHAPES = {
+    "tuple_type": "allowed is a list of names",
+    "dict_type": "allowed is a section of settings by name",
+    "model_type": "allowed is a section of settings by name",
+    "string_type": "allowed is text",
+    "path_type": "allowed is a path",
+}
+_TABLES = "allowed is a list of sections, each of which a TOML file begins with [[table]]"
 
 
 def _read_toml(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -183,7 +198,9 @@ def _explain(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "missing":
         return f"{where}: is required"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = _SHAPES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    if problem["type"] == "tuple_type" and where in ("table", "tables"):
+        message = _TABLES
     if problem["type"] == "extra_forbidden":
         section = _SECTIONS[problem["loc"][0]] if len(problem["loc"]) > 1 else StoreConfig
         message = (

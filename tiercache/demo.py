@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from tiercache.engram.hashing import fit_hasher
-from tiercache.errors import TierCacheError
+from tiercache.errors import ConfigError, TierCacheError
 from tiercache.lab.bounds import uses_of
 from tiercache.lab.curves import curves
 from tiercache.lab.plot import plot_curves
@@ -85,9 +85,12 @@ def run(
 ) -> Result:
     """Make the table in `directory`, or find it there, and serve the shipped text from it.
 
-    Raises WrongBytes where one byte differs, and the errors of packing and of the store.
+    Raises WrongBytes where one byte differs, ConfigError where the directory is a file, and the errors of packing and of
+    the store.
     """
     console = console or Console()
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"directory = {str(directory)!r}: is a file; allowed is a directory, or a name for a new one")
     rows = FormulaRows(num_rows)
     config = {"table": [{"path": directory / "table"}], "host": {"capacity": HOST_BYTES}}
     _make_table(config, rows, console)
@@ -98,10 +101,11 @@ def run(
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         drawn = pool.submit(curves, trace, SHARES)
         with Store.open(config) as store:
-            replay = _stream(store, trace, rows, console)
+            replay = _stream(store, trace, rows)
+            console.print(f"Served {trace.rows.size:,} rows, every byte compared", soft_wrap=True)
             console.print(_batches(replay, trace, SEQUENCES * hasher.num_heads))
             console.print(_hit_rates(replay, store))
-        with console.status("Simulating every policy at every size"):
+        with Console(stderr=True).status("Simulating every policy at every size"):
             result = drawn.result()
     picture = directory / "hit_rate.png"
     plot_curves(
@@ -123,10 +127,10 @@ def _make_table(config: Mapping[str, Any], rows: FormulaRows, console: Console) 
         return
     shutil.rmtree(path, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _progress(console) as progress:
+    with _progress() as progress:
         task = progress.add_task(f"Writing {size}", total=None)
         pack_rows(rows, path, progress=lambda done, total: progress.update(task, completed=done, total=total))
-    with console.status("Compiling"):
+    with Console(stderr=True).status("Compiling"):
         if not _holds(config, rows):
             raise WrongBytes(f"{path}: the table just written holds other bytes")
 
@@ -144,10 +148,10 @@ def _holds(config: Mapping[str, Any], rows: FormulaRows) -> bool:
     return np.array_equal(records, rows.take(sample))
 
 
-def _stream(store: Store, trace: Trace, rows: FormulaRows, console: Console) -> Replay:
+def _stream(store: Store, trace: Trace, rows: FormulaRows) -> Replay:
     """Replay the trace; compare every record that comes."""
     uses = uses_of(trace)
-    with _progress(console) as progress:
+    with _progress() as progress:
         task = progress.add_task(f"Serving {trace.rows.size:,} rows, every byte compared", total=trace.rows.size)
 
         def compare(wanted: npt.NDArray[np.int64], records: npt.NDArray[np.uint8]) -> None:
@@ -197,7 +201,8 @@ def _hit_rates(replay: Replay, store: Store) -> Table:
     return table
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=console
-    )
+def _progress() -> Progress:
+    """A bar on stderr; none where that is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    terminal = Console(stderr=True)
+    return Progress(*columns, console=terminal, disable=not terminal.is_terminal, transient=True)

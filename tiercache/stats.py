@@ -4,7 +4,18 @@ from typing import NamedTuple
 
 
 class LevelStats(NamedTuple):
-    """One tier. Counts are of distinct rows of each batch; a tier is asked for what the one above it has not."""
+    """One tier. Counts are of distinct rows of each batch; a tier is asked for what the one above it has not.
+
+    policy             name of its policy
+    capacity_slots     records that it has room for; never more than the tables have rows
+    capacity_bytes     bytes of these slots, each as wide as the widest record of all tables
+    bookkeeping_bytes  bytes beside them: entries, index, the policy's state
+    used_slots         slots that hold a row, or wait for one that is being read
+    pinned_slots       slots that a fetch or a ticket in flight keeps from eviction
+    hits               rows that were resident, or on their way to a slot already
+    misses             rows that were not
+    bypasses           misses that the policy gave no slot, so that only their caller got them
+    """
 
     policy: str
     capacity_slots: int
@@ -23,7 +34,16 @@ class LevelStats(NamedTuple):
 
 
 class StorageStats(NamedTuple):
-    """The disk. `probe_reads_per_s` has what each engine reached at open, where it was measured."""
+    """The disk. What the probe of the engines read at open is not counted.
+
+    engine             the engine that serves, "uring" or "threads"
+    alignment          bytes that offsets and lengths of reads are multiples of; 1 where they go through the page cache
+    reads              requests that have landed; neighbouring rows share one
+    bytes_read         bytes of these requests, with what alignment and gaps between neighbours add
+    jobs               jobs in progress now: fetches and prefetches whose reads have not all landed
+    probe_reads_per_s  reads per second that each engine reached in the probe; empty where one was named or is the only one
+    notes              what was warned of at open: what could not be had, and fp8 values that seem to miss their scale
+    """
 
     engine: str
     alignment: int
@@ -35,7 +55,14 @@ class StorageStats(NamedTuple):
 
 
 class StoreStats(NamedTuple):
-    """A whole store. `flights` are fetches and tickets that have not let go of their rows yet."""
+    """A whole store.
+
+    fetches  calls of `fetch` and `prefetch`
+    rows     rows asked for in them, duplicates included
+    flights  fetches and tickets that have not let go of their rows yet
+    host     the tier in host memory
+    storage  the disk; None where every table is a source
+    """
 
     fetches: int
     rows: int

@@ -9,6 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
+from numbers import Real
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,7 +29,7 @@ from tiercache.stats import LevelStats, StoreStats
 from tiercache.storage import open_table
 from tiercache.storage import queue as q
 from tiercache.storage.disk import Disk
-from tiercache.storage.memory import MemoryTable, read_rows
+from tiercache.storage.memory import read_rows, sources_of
 from tiercache.storage.reader import Reader, SourceReader
 from tiercache.storage.reads import Targets
 from tiercache.storage.table import FileTable
@@ -106,18 +107,19 @@ class Store:
         config: a TOML file, a mapping of the same shape, or a StoreConfig. tables: sources or 2-D arrays by name, beside
         the tables on disk that the config names.
 
-        Raises ConfigError for a setting, FormatError and StorageError for a table that cannot be served. What the kernel
-        or the file system refuses (io_uring, O_DIRECT) is told once, as a warning and in `stats().storage.notes`.
+        Raises ConfigError for a setting and for what is no source, FormatError and StorageError for a table that cannot be
+        served. What the kernel or the file system refuses (io_uring, O_DIRECT) is told once, as a warning and in
+        `stats().storage.notes`; so are fp8 values whose scale seems to be there and is not among the fields.
         """
         settings = StoreConfig.load(config)
         described: dict[str, FileTable | Source] = {
             table.name: open_table(table.name, table.path, fields=table.fields, resident=table.resident)
             for table in settings.tables
         }
-        for name, table in (tables or {}).items():
+        for name, table in sources_of(tables).items():
             if name in described:
                 raise ConfigError(f"tables = {name!r}: the config has a table of this name; allowed are other names")
-            described[name] = MemoryTable(table) if isinstance(table, np.ndarray | torch.Tensor) else table
+            described[name] = table
         if not described:
             raise ConfigError("table: is required; a store needs at least one table")
         num_rows = sum(table.num_rows for table in described.values())
@@ -158,6 +160,14 @@ class Store:
     def dim(self, table: str | None = None) -> int:
         """Values in a row of a table."""
         return self._table(table).record.dim
+
+    def dtype(self, table: str | None = None) -> torch.dtype:
+        """What `fetch` returns of a table."""
+        return self._table(table).dtype
+
+    def record_bytes(self, table: str | None = None) -> int:
+        """Bytes of a row of a table as it is stored: what `fetch` returns of it with `raw`."""
+        return self._table(table).record.record_bytes
 
     def fetch(
         self,
@@ -206,7 +216,7 @@ class Store:
         for what is on its way and read nothing twice. Rows that the policy keeps out of the tier only the ticket has.
         """
         wanted = self._table(table)
-        if deadline is not None and not deadline >= 0:
+        if deadline is not None and not (isinstance(deadline, Real) and deadline >= 0):
             raise ValueError(f"deadline = {deadline!r}: allowed are seconds from now, 0 or more")
         rows, shape = rows_of(indices, wanted, self._top.torch_device)
         due = time.monotonic_ns() + (_PATIENCE_NS if deadline is None else int(min(deadline, 1e9) * 1e9))
@@ -524,7 +534,9 @@ def _level(
         return Level(POLICIES[config.policy], capacity, options[tier], num_rows)
     except (TypeError, ValueError) as error:
         given = {name: value for name, value in options[tier].items() if not isinstance(value, np.ndarray)}
-        raise ConfigError(f"{tier}.policy_options = {given}: policy {config.policy!r} refuses them: {error}") from error
+        takes = ", ".join(POLICIES[config.policy].parameters) or "no options"
+        message = f"{tier}.policy_options = {given}: policy {config.policy!r} refuses them: {error}; it takes {takes}"
+        raise ConfigError(message) from error
 
 
 def _options(tier: str, config: TierConfig, num_rows: int) -> dict[str, Any]:

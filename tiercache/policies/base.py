@@ -9,6 +9,7 @@ The generic functions of this module find the policy's own by the type of its st
 every policy and can be cached on disk.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,6 +36,12 @@ class Policy(NamedTuple):
     name: str
     init: Callable[..., Any]
     check: Callable[[Any, Any], None]
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of what `init` has defaults for: what a config may set."""
+        parameters = inspect.signature(self.init).parameters.values()
+        return tuple(parameter.name for parameter in parameters if parameter.default is not parameter.empty)
 
 
 def bind(state_type: Any, *, on_hit: Callable[..., Any], on_miss: Callable[..., Any]) -> None:

@@ -64,8 +64,8 @@ class Disk:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was asked for and could not be had."""
-        return self._choice.notes
+        """What the tables should be known for, and what was asked for and could not be had."""
+        return (*(note for table in self._alive[0] for note in table.notes), *self._choice.notes)
 
     def stats(self) -> StorageStats:
         """Counts since open."""

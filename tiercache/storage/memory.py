@@ -1,5 +1,7 @@
-"""MemoryTable: a table that is an array. For tests and for tables that fit."""
+"""MemoryTable: a table that is an array. For tests and for tables that fit. And what else a caller may hand over."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tiercache.errors import FormatError
+from tiercache.errors import ConfigError, FormatError
 from tiercache.records import DTYPES, Record, plain
+from tiercache.source import Source
 from tiercache.storage.table import storage_error
 
 _NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
@@ -45,6 +48,39 @@ class MemoryTable:
 
     def close(self) -> None:
         """Nothing to let go of: the array belongs to the caller."""
+
+
+def sources_of(tables: object) -> dict[str, Source]:
+    """The sources that a caller gave by name; an array becomes a MemoryTable. ConfigError for what is none."""
+    if tables is None:
+        return {}
+    if not isinstance(tables, Mapping):
+        raise ConfigError(f"tables = {_short(tables)}: allowed is a mapping from names to sources or 2-D arrays")
+    return {name: _source(name, table) for name, table in tables.items()}
+
+
+def _source(name: object, table: Any) -> Source:
+    where = f"tables[{name!r}] = {_short(table)}"
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}: a table's name is text")
+    if isinstance(table, np.ndarray | torch.Tensor):
+        return MemoryTable(table)
+    if isinstance(table, str | os.PathLike):
+        raise ConfigError(f"{where}: allowed is a source or a 2-D array; a path belongs to a table of the config")
+    missing = [member for member in ("num_rows", "record", "read", "close") if not hasattr(table, member)]
+    if missing:
+        raise ConfigError(f"{where}: allowed is a source or a 2-D array; to be a source it lacks {', '.join(missing)}")
+    if not isinstance(table.record, Record):
+        raise ConfigError(f"{where}: its record is a {type(table.record).__name__}, not a tiercache.Record")
+    if not isinstance(table.num_rows, int | np.integer) or table.num_rows < 1:
+        raise ConfigError(f"{where}: its num_rows is {table.num_rows!r}; allowed are 1 or more")
+    source: Source = table
+    return source
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "..."
 
 
 def read_rows(path: Path) -> npt.NDArray[np.int64]:

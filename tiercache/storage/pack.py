@@ -24,7 +24,7 @@ import numpy.typing as npt
 from tiercache.errors import FormatError, StorageError
 from tiercache.records import Record
 from tiercache.source import Source
-from tiercache.storage import open_table
+from tiercache.storage import open_table, require_path
 from tiercache.storage.checksum import PAGE_BYTES, checksum_pages
 from tiercache.storage.table import (
     FileTable,
@@ -53,6 +53,7 @@ class PackReport(NamedTuple):
     num_bytes: int  # of records
     identity: str
     seconds: float
+    notes: tuple[str, ...]  # on the source: fp8 values that seem to miss their scale
 
 
 class BadPage(NamedTuple):
@@ -96,11 +97,12 @@ def pack(
     Raises StorageError if the destination exists, the disk is full, or the source changes meanwhile; nothing of the
     destination is left then. Errors of opening the source are those of `open_table`.
     """
-    table = open_table("source", source, fields=fields)
+    table = open_table("source", require_path(source, "the table to pack"), fields=fields)
     origin = {"kind": _kind(Path(source)), "name": Path(source).name, "identity": table.identity}
     with ExitStack() as stack:
         reader = _Reader(table, stack)
-        return _write(reader, Path(destination), origin, progress, reader.require_unchanged)
+        report = _write(reader, Path(destination), origin, progress, reader.require_unchanged)
+    return report._replace(notes=table.notes)
 
 
 def pack_rows(source: Source, destination: str | os.PathLike[str], *, progress: Progress | None = None) -> PackReport:
@@ -113,7 +115,7 @@ def verify(path: str | os.PathLike[str], *, progress: Progress | None = None) ->
 
     Raises FormatError for what is no packed table, StorageError where it cannot be read.
     """
-    path = Path(path)
+    path = require_path(path, "the table to verify")
     if not path.is_dir():
         raise FormatError(f"{path}: only packed tables have checksums to verify")
     table = open_zarr("verify", path)
@@ -135,7 +137,7 @@ def verify(path: str | os.PathLike[str], *, progress: Progress | None = None) ->
 
 def inspect(path: str | os.PathLike[str], *, fields: Sequence[str] = ()) -> TableInfo:
     """Say what a table is. Raises as `open_table`; for a file of several tensors the ConfigError lists them."""
-    path = Path(path)
+    path = require_path(path, "the table to inspect")
     table = open_table("inspect", path, fields=fields)
     page_bytes = table.checksums.page_bytes if table.checksums else None
     source = read_description(path).source if path.is_dir() else {}
@@ -204,6 +206,7 @@ def _write(
         num_bytes=num_bytes,
         identity=identity,
         seconds=time.monotonic() - started,
+        notes=(),
     )
 
 

@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 def start_engine(name: str, files: OpenFiles, queue_depth: int, slot_bytes: int) -> Choice:
     """Start the named engine, or for "auto" io_uring, unless threads are faster here by far or the kernel grants no ring.
 
-    ConfigError where an engine needs what is not installed.
+    Its queue has counted nothing yet. ConfigError where an engine needs what is not installed.
     """
     notes: tuple[str, ...] = (files.refusal,) if files.refusal else ()
     if name == "gds":
@@ -64,6 +64,7 @@ def start_engine(name: str, files: OpenFiles, queue_depth: int, slot_bytes: int)
     for engine in engines:
         if engine is not best:
             engine.close()
+    best.queue.control[[q.READS_DONE, q.BYTES_READ]] = 0
     return Choice(best, rates, notes)
 
 

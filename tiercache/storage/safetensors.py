@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -58,7 +59,7 @@ def open_safetensors(name: str, path: Path, fields: Sequence[str] = (), resident
     """The table that `fields` of a file or an index make up.
 
     `fields` and `resident` are as in the config. FormatError for a damaged file, ConfigError for fields that it does
-    not have, StorageError where it cannot be read.
+    not have, StorageError where it cannot be read. The table has a note where fp8 values seem to miss their scale.
     """
     located: Mapping[str, Tensor | Path]
     located = _read_index(path) if path.name.endswith(INDEX_SUFFIX) else read_header(path)
@@ -75,7 +76,8 @@ def open_safetensors(name: str, path: Path, fields: Sequence[str] = (), resident
     scale = _read_scale(parts.pop(scales[0])[0]) if scales else None
     if not set(parts) - set(resident):
         raise ConfigError(f"resident = {list(resident)}: at least one field has to stay on disk")
-    return _assemble(name, path, parts, scale, resident)
+    table = _assemble(name, path, parts, scale, resident)
+    return replace(table, notes=_unscaled(path, located, table.record, parts))
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -217,6 +219,29 @@ def _read_scale(tensor: Tensor) -> float:
     if not math.isfinite(scale):
         raise FormatError(f"{tensor.file.path}: the global scale {tensor.name!r} is {scale}")
     return scale
+
+
+def _unscaled(
+    path: Path, located: Mapping[str, Tensor | Path], record: Record, parts: dict[str, list[Tensor]]
+) -> tuple[str, ...]:
+    """A note where fp8 values have no scale among the fields, though the file has tensors that are named like one."""
+    (field, *others) = record.fields
+    if others or field.dtype != "F8_E4M3" or record.scale is not None:
+        return ()
+    scales = [name for name in located if _is_named_like_a_scale(name, parts[field.name][0].name)]
+    if not scales:
+        return ()
+    return (
+        f"{path}: no scale among the fields, so that the F8_E4M3 values of {field.name!r} stay as they are; "
+        f"named like their scale: {_listed(map(repr, scales))}",
+    )
+
+
+def _is_named_like_a_scale(name: str, weight: str) -> bool:
+    """Whether a name is that of the weight with "scale" in one part or as one more: x.scale or x.weight.scale for x.weight."""
+    parts, ours = name.split("."), weight.split(".")
+    differing = [part for part, own in itertools.zip_longest(parts, ours) if part != own]
+    return len(parts) >= len(ours) and len(differing) == 1 and "scale" in differing[0]
 
 
 def _field(path: Path, name: str, parts: list[Tensor]) -> Field:

@@ -74,6 +74,7 @@ class FileTable:
     resident: tuple[tuple[int, npt.NDArray[np.uint8]], ...]  # (record_offset, uint8[num_rows, nbytes] in RAM)
     checksums: PageChecksums | None
     identity: str  # hex digest that names the data
+    notes: tuple[str, ...] = ()  # what whoever opens it should know
 
     @property
     def record_bytes(self) -> int:
