@@ -3,8 +3,6 @@
 import errno
 import os
 import shutil
-import subprocess
-import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stores import ENGINES, ENGRAM, KINDS, config_of, descriptors_of, is_exact, oracle_tensor, store_threads, write_rows
+from stores import (
+    ENGINES,
+    ENGRAM,
+    KINDS,
+    config_of,
+    descriptors_of,
+    in_process,
+    is_exact,
+    oracle_tensor,
+    store_threads,
+    write_rows,
+)
 
 from tiercache.errors import ClosedError, StorageError
 from tiercache.storage import files, uring
@@ -64,6 +73,7 @@ def test_io_uring_of_an_older_kernel_or_with_little_locked_memory(file, monkeypa
         return original(number, a, b, *rest)
 
     original = uring.syscall
+    Store.open(config_of(file, engine="uring")).close()  # so that `serve` is compiled with the original
     monkeypatch.setattr(uring, "syscall", syscall)
     with Store.open(config_of(file, engine="uring")) as store:
         assert refused in calls
@@ -211,20 +221,6 @@ def test_a_store_that_nobody_has_any_more_ends_its_threads(file, source, engine)
     assert source.num_closes == 1
     assert not store_threads()
     assert descriptors_of(file) == 0
-
-
-def in_process(code, *arguments):
-    """Run a program of its own; what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
 
 
 def test_a_process_that_ends_with_an_open_store(file, engine):

@@ -335,7 +335,9 @@ class Store:
             SLOT.itemsize,
         )
         base = flight.table.base
-        return flight.table.reader.submit(rows - base, places, wanted - base, targets, due_ns)
+        return flight.table.reader.submit(
+            rows - base, places, wanted - base, targets, due_ns, (slots, entries, flight.staging)
+        )
 
     def _closed_or(self, error: OSError | RuntimeError, table: Table) -> Exception:
         if self._closed:

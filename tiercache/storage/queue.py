@@ -48,8 +48,8 @@ READ_COLUMNS, PIECE_COLUMNS = 9, 4
 SKIP, NUM_BYTES, TARGET, FLAG = range(4)
 """Columns of `pieces`: bytes of the read before it, its length, the address it goes to, the address of its flag or 0."""
 
-DONE, ERRNO, FAILED_AT, FAILED_LENGTH, FAILED_READS, BAD_PAGE = range(6)
-"""Columns of `result`. ERRNO and those after it are of the first failure."""
+DONE, ERRNO, FAILED_AT, FAILED_LENGTH, FAILED_READS, BAD_PAGE, QUEUED = range(7)
+"""Columns of `result`. ERRNO to BAD_PAGE are of the first failure; QUEUED is the serial, once the job has one."""
 
 SERIAL, DUE, READS, NUM_READS, CURSOR, LEFT, PIECES, WANTED, NUM_WANTED, RESULT = range(10)
 """Columns of `jobs`; a line whose SERIAL is 0 is free."""
@@ -117,6 +117,12 @@ def _pieces(queue: Any, line: int, entry: int) -> tuple[int, int]:
     return first, first + 8 * PIECE_COLUMNS * get(entry, NUM_PIECES)
 
 
+@lean
+def _reason(queue: Any) -> int:
+    """The errno of what is refused or given up: what broke the engine, or ECANCELED."""
+    return queue.control[BROKEN] if queue.control[BROKEN] != 0 else int64(ECANCELED)
+
+
 @jit
 def submit(queue: Any, reads: Any, pieces: Any, wanted: Any, result: Any, deadline_ns: int) -> int:
     """Queue a job; returns its serial, 0 where the table is full, or minus the errno that broke the engine.
@@ -127,7 +133,7 @@ def submit(queue: Any, reads: Any, pieces: Any, wanted: Any, result: Any, deadli
     serial = 0
     lock(_mutex(queue))
     if queue.control[BROKEN] != 0 or queue.control[STOP] != 0:
-        serial = -max(queue.control[BROKEN], ECANCELED)
+        serial = -_reason(queue)
     else:
         for line in range(MAX_JOBS):
             if queue.jobs[line, SERIAL] == 0:
@@ -139,6 +145,7 @@ def submit(queue: Any, reads: Any, pieces: Any, wanted: Any, result: Any, deadli
                 job[CURSOR], job[LEFT], job[PIECES] = 0, reads.shape[0], pieces.ctypes.data
                 job[WANTED], job[NUM_WANTED], job[RESULT] = wanted.ctypes.data, wanted.size, result.ctypes.data
                 job[SERIAL] = serial
+                result[QUEUED] = serial
                 if reads.shape[0] == 0 and wanted.size == 0:
                     _end(queue, line)
                 broadcast(_work(queue))
@@ -377,7 +384,7 @@ def give_up(queue: Any, errno: int) -> None:
     lock(_mutex(queue))
     if queue.control[STOP] == 0 and queue.control[BROKEN] == 0:
         queue.control[BROKEN] = errno
-    fail_all(queue, max(queue.control[BROKEN], ECANCELED))
+    fail_all(queue, _reason(queue))
     unlock(_mutex(queue))
 
 

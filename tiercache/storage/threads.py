@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tiercache.native import int64, jit, lean, lock, pread, unlock, wait
-from tiercache.storage.engine import aligned_buffer
+from tiercache.storage.engine import Underway, aligned_buffer
 from tiercache.storage.queue import (
     ECANCELED,
     ENODATA,
@@ -36,21 +36,21 @@ class ThreadsEngine:
 
     def __init__(self, queue: Queue, depth: int, slot_bytes: int, alignment: int) -> None:
         self.queue = queue
+        self.underway = Underway()
+        self._slot_bytes, self._alignment = slot_bytes, alignment
         num_threads = min(depth, MAX_THREADS)
         self._buffer = aligned_buffer(num_threads * slot_bytes)
         self._threads = [
-            threading.Thread(
-                target=serve,
-                args=(queue, self._buffer.ctypes.data + number * slot_bytes, alignment),
-                name=f"tiercache-read-{number}",
-                daemon=True,
-            )
+            threading.Thread(target=self._serve, args=(number,), name=f"tiercache-read-{number}", daemon=True)
             for number in range(num_threads)
         ]
 
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
+
+    def _serve(self, number: int) -> None:
+        serve(self.queue, self._buffer.ctypes.data + number * self._slot_bytes, self._alignment)
 
     def wake(self) -> None:
         """Nothing to do: the threads wait on the queue's own condition variable."""

@@ -27,7 +27,7 @@ from tiercache.native import (
     syscall,
     unlock,
 )
-from tiercache.storage.engine import aligned_buffer
+from tiercache.storage.engine import Underway, aligned_buffer
 from tiercache.storage.queue import (
     BROKEN,
     ECANCELED,
@@ -91,18 +91,20 @@ class UringEngine:
 
     def __init__(self, queue: Queue, depth: int, slot_bytes: int, alignment: int) -> None:
         self.queue = queue
+        self.underway = Underway()
         self._alignment = alignment
         self._buffer = aligned_buffer(depth * slot_bytes)
         self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._serve, name="tiercache-uring", daemon=True)
+        self._file = -1
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         try:
             self._map_ring(depth)
-        except OSError:
-            os.close(self._wake)
+            opcode = _READ_FIXED if self._register_buffer() else _READ
+            self._ring.words[_OPCODE :] = (opcode, self._buffer.ctypes.data, slot_bytes, self._wake)
+        except BaseException:
+            self._close_descriptors()
             raise
-        opcode = _READ_FIXED if self._register_buffer() else _READ
-        self._ring.words[_OPCODE :] = (opcode, self._buffer.ctypes.data, slot_bytes, self._wake)
-        self._thread = threading.Thread(target=self._serve, name="tiercache-uring", daemon=True)
 
     def _map_ring(self, depth: int) -> None:
         parameters = np.zeros(30, np.uint32)
@@ -159,9 +161,13 @@ class UringEngine:
         if self._thread.ident is not None:
             self._thread.join()
         with self._lock:
-            os.close(self._file)
-            os.close(self._wake)
-            self._wake = -1
+            self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
+        for descriptor in (self._file, self._wake):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._file = self._wake = -1
 
 
 @lean
