@@ -1,6 +1,8 @@
 """Stores for tests: tables on disk whose bytes are the oracle's, and small configs."""
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -112,3 +114,17 @@ def descriptors_of(path):
         except OSError:
             continue
     return count
+
+
+def in_process(code, *arguments):
+    """Run a program of its own; what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout

@@ -86,7 +86,11 @@ class Ticket:
         return self._store._take(self, flight, stream, out, raw)
 
     def cancel(self) -> None:
-        """Give the rows up: what has not been read yet is not read. Does nothing to a ticket that was taken."""
+        """Give the rows up: what has not been read yet is not read. Does nothing to a ticket that was taken.
+
+        ClosedError in a process forked since.
+        """
+        self._store._require_here()
         flight, self._flight = self._flight, None
         if flight is not None:
             if flight.job is not None:

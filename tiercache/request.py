@@ -74,7 +74,7 @@ def with_values(tensor: torch.Tensor, name: str) -> torch.Tensor:
 
 @jit
 def _localise(indices: Any, base: int, num_rows: int, rows: Any) -> int:
-    """rows[i] = base + indices[i]; the first position that is out of range, or -1."""
+    """rows[i] = base + indices[i]; the first position that is out of range, or -1. Reads each index once: it may change."""
     sign = np.int64(0)
     for i in range(indices.size):
         row = np.int64(indices[i])
@@ -82,7 +82,7 @@ def _localise(indices: Any, base: int, num_rows: int, rows: Any) -> int:
         sign |= row | (num_rows - 1 - row)
     if sign < 0:
         for i in range(indices.size):
-            row = np.int64(indices[i])
+            row = rows[i] - base
             if row < 0 or row >= num_rows:
                 return i
     return -1

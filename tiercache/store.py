@@ -90,9 +90,14 @@ class Store:
             if on_disk
             else None
         )
-        self._queue = self._disk.engine.queue if self._disk else q.new_queue()
         self._sources: list[SourceReader] = []
-        self._tables = self._open_readers(tables)
+        try:
+            self._queue = self._disk.engine.queue if self._disk else q.new_queue()
+            self._tables = self._open_readers(tables)
+        except BaseException:
+            if self._disk:
+                self._disk.close()
+            raise
         self._finalizer = weakref.finalize(self, _end, self._process, self._disk, self._sources, self._top)
 
     @classmethod
@@ -389,8 +394,9 @@ class Store:
             SLOT.itemsize,
         )
         base = flight.table.base
+        alive = slots, entries, flight.staging
         try:
-            return flight.table.reader.submit(rows - base, places, wanted - base, targets, due_ns)
+            return flight.table.reader.submit(rows - base, places, wanted - base, targets, due_ns, alive)
         except (OSError, RuntimeError) as error:
             raise self._closed_or(error, flight.table) from error
 

@@ -25,7 +25,7 @@ import torch
 
 from tiercache.errors import ConfigError, StorageError
 from tiercache.native import int64, lean, lock, unlock, wait
-from tiercache.storage.engine import aligned_buffer
+from tiercache.storage.engine import Underway, aligned_buffer
 from tiercache.storage.queue import (
     ECANCELED,
     EIO,
@@ -33,12 +33,14 @@ from tiercache.storage.queue import (
     FD,
     NEEDED,
     OFFSET,
+    SCRATCH_BYTES,
     STOP,
     Queue,
     fail_all,
     finish,
     get,
     give_up,
+    look_again,
     read_at,
     stop,
     take,
@@ -130,6 +132,7 @@ class GdsEngine:
 
     def __init__(self, queue: Queue, depth: int, slot_bytes: int, alignment: int) -> None:
         self.queue = queue
+        self.underway = Underway()
         self._kvikio = _kvikio()
         self.notes: tuple[str, ...] = ()
         if self._kvikio.defaults.is_compat_mode_preferred():
@@ -140,6 +143,7 @@ class GdsEngine:
         self._address, self._slot_bytes = buffer.ctypes.data, slot_bytes
         self._slots = list(buffer.reshape(depth, slot_bytes))
         self._free = list(range(depth))
+        self._looked = np.zeros(SCRATCH_BYTES, np.uint8)
         self._taken: list[list[int]] = []
         self._flying: dict[int, tuple[int, int, _Read]] = {}  # by slot, oldest first: line, read
         self._files: dict[tuple[int, int, int], Any] = {}  # by descriptor, device, inode
@@ -173,7 +177,7 @@ class GdsEngine:
         try:
             file = self._file(descriptor)
         except (RuntimeError, OSError) as error:
-            finish(self.queue, line, read, 0, _number(error))
+            self._finish(line, read, 0, _number(error))
             return
         slot = self._free[-1]
         self._flying[slot] = (line, read, _Read(file, self._slots[slot], needed, offset))
@@ -196,7 +200,11 @@ class GdsEngine:
             number = flight.wait()
             del self._flying[slot]
             self._free.append(slot)
-            finish(self.queue, line, read, self._address + slot * self._slot_bytes, number)
+            self._finish(line, read, self._address + slot * self._slot_bytes, number)
+
+    def _finish(self, line: int, read: int, address: int, number: int) -> None:
+        look_again(self._looked.ctypes.data)
+        finish(self.queue, line, read, address, number, self._looked.ctypes.data)
 
     def _end(self) -> None:
         """Let land what is in flight, which after an error fails with EIO, and give the queue up."""
@@ -208,7 +216,7 @@ class GdsEngine:
         finally:
             begun = [(line, read) for line, read, _ in self._flying.values()]
             for line, read in begun + [(line, read) for line, read, *_ in self._taken]:
-                finish(self.queue, line, read, 0, EIO)
+                self._finish(line, read, 0, EIO)
             give_up(self.queue, EIO)
 
 
