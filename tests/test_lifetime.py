@@ -24,7 +24,7 @@ from stores import (
 )
 
 from tiercache.errors import ClosedError, StorageError
-from tiercache.storage import files, uring
+from tiercache.storage import files, probe, uring
 from tiercache.storage.queue import stop
 from tiercache.store import Store
 from tiercache.testing import FaultySource, OracleSource
@@ -179,6 +179,7 @@ def hold(monkeypatch, kind):
         close(engine)
 
     monkeypatch.setattr(kind, "start", lambda engine: None)
+    monkeypatch.setattr(probe, "_time", lambda *arguments: 1.0)
     monkeypatch.setattr(kind, "close", late)
 
 

@@ -103,6 +103,8 @@ def checked(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, devic
         raise ValueError("out is not contiguous")
     if out.requires_grad:
         raise ValueError("out requires a gradient; rows are not differentiable")
+    if out.is_neg() or out._is_zerotensor() or (out.numel() and out.data_ptr() == 0):
+        raise ValueError("out has no memory of its own that rows could be written to")
     return out
 
 

@@ -492,12 +492,17 @@ class Store:
             raise
 
     def _give_up(self, flight: Flight) -> None:
-        """End a flight that was interrupted, whether it was planned or not: what it was to fill is forgotten."""
+        """End a flight that failed or was interrupted, planned or not. What it was to fill and was not brought is forgotten."""
         if self._process != os.getpid():
             return
         with self._lock:
-            self._host.level.forget(flight.plan.below)
-            self._end(flight)
+            if flight.brought:
+                self._host.level.forget(flight.plan.below)
+                self._end(flight)
+            else:
+                self._abandoned.append(flight)
+        if flight.job is not None:
+            flight.job.cancel()
 
     def _end(self, flight: Flight) -> None:
         """Nobody waits for a flight any more: let go of it once no read and no stream touches its slots. Under the lock."""

@@ -151,7 +151,8 @@ class FileReader:
                 page = offset // PAGE_BYTES + int(job.result[q.BAD_PAGE])
                 what = f"page {page} does not match its checksum"
             elif number == q.ESTALE:
-                what = "the file changed since the table was opened"
+                self._open.require_unchanged([at >> FILE_BITS])
+                what = "the file changed while it was read"
             elif number == q.ENODATA:
                 what = "the file ends too soon: it shrank since it was opened"
             else:
