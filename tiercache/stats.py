@@ -62,6 +62,7 @@ class StoreStats(NamedTuple):
     flights  fetches and tickets that have not let go of their rows yet
     host     the tier in host memory
     storage  the disk; None where every table is a source
+    device   the tier above the host's, on a device; None without one
     """
 
     fetches: int
