@@ -3,7 +3,9 @@ PYTHON ?= python3
 READY := .venv/.ready-$(shell cat pyproject.toml constraints.txt requirements-gds.txt | cksum | cut -d ' ' -f 1)
 RUN := .venv/bin/python -m
 
-.PHONY: demo test lint bench
+GPU ?= gpu13
+
+.PHONY: demo test lint bench gpu
 
 demo: $(READY)
 	$(RUN) tiercache.cli demo
@@ -18,6 +20,16 @@ lint: $(READY)
 
 bench: $(READY)
 	$(RUN) tiercache.cli bench
+
+# On a machine with a GPU: tests and measurements of the device tier. GPU=gpu for CUDA 12.
+gpu: .venv-gpu/.ready
+	TRITON_INTERPRET=0 .venv-gpu/bin/python -m pytest -m gpu
+	.venv-gpu/bin/python bench/gpu.py
+
+.venv-gpu/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet -e '.[dev,$(GPU)]'
+	touch $@
 
 $(READY):
 	.venv/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv

@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("cold", "hot", "small", "mixed", "memory", "startup", "policies", "kernels")
-_WITHOUT_TABLE = ("hot", "policies", "kernels")
+NAMES = ("cold", "hot", "small", "mixed", "memory", "startup", "policies", "tiers", "kernels")
+_WITHOUT_TABLE = ("hot", "policies", "tiers", "kernels")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from tiercache.level import Level
 from tiercache.store import Store
 
 # Read when a Triton kernel is defined: it then runs in Triton's interpreter, on tensors of the CPU.
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The first example of a test may compile for seconds; pytest's own timeout ends what hangs.
 settings.register_profile("tiercache", deadline=None)

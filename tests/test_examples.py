@@ -46,8 +46,10 @@ def test_the_embedding_gives_the_rows_asked_for_and_not_those_prefetched(indices
 def test_the_example_config_has_every_setting_and_only_those() -> None:
     config = StoreConfig.load(_ROOT / "examples" / "store.toml")
     given = config.model_dump(exclude_unset=True)
-    assert set(given) == {"dtype", "mode", "tables", "host", "storage"}
-    assert set(given["host"]) | {"hot_set"} == set(type(config.host).model_fields)
+    assert set(given) == {"dtype", "mode", "tables", "device", "host", "storage"}
+    assert config.device is not None
+    for section, tier in (("device", config.device), ("host", config.host)):
+        assert set(given[section]) | {"hot_set"} == set(type(tier).model_fields)
     assert set(given["storage"]) == set(type(config.storage).model_fields)
     assert set(given["tables"][0]) == set(type(config.tables[0]).model_fields)
     assert config.tables[0].path == _ROOT / "examples" / "model.safetensors.index.json"

@@ -307,7 +307,7 @@ def work():
             store.fetch(range(0, 500, 9))
     except ClosedError:
         pass
-threads = [threading.Thread(target=work, daemon=daemon) for daemon in (False, True)]
+threads = [threading.Thread(target=work) for _ in range(2)]
 for thread in threads:
     thread.start()
 store.fetch([1])
