@@ -88,6 +88,11 @@ def test_a_device_capacity_of_no_row_is_refused() -> None:
         Store.open({"device": {"device": "cpu", "capacity": 271}}, tables={"t": RECORDS})
 
 
+def test_a_promotion_of_no_row_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"device\.promotion = 100: holds no row of 272 bytes"):
+        Store.open({"device": {"device": "cpu", "promotion": 100}}, tables={"t": RECORDS})
+
+
 def test_three_tiers_on_the_cpu_import_nothing_of_a_gpu() -> None:
     code = """
 import sys

@@ -179,7 +179,7 @@ def test_a_captured_launch_serves_whatever_was_loaded(seed):
             kept.append((rows, keep(device, static.out)))
             if number % 3 == 0:
                 store.fetch(draw.integers(0, NUM_ROWS, 9), "other")
-        static.close("main")
+        static.close()
         device.run_all()
         store.check()
         assert store.stats().flights == 0
@@ -207,6 +207,18 @@ def test_a_load_that_fails_leaves_the_last_one_in_place():
         device.run_all()
         assert np.array_equal(static.out.numpy(), RECORDS[[1, 2]])
         static.close()
+        device.run_all()
+        store.check()
+        assert store.stats().flights == 0
+
+
+def test_a_static_fetch_that_is_dropped_lets_go_of_its_slots():
+    device = FakeDevice(random.Random(2).randrange)
+    with open_store(device) as store:
+        static = store.static_fetch((2,), raw=True)
+        static.load([1, 2])
+        assert store.stats().flights == 1
+        del static
         device.run_all()
         store.check()
         assert store.stats().flights == 0

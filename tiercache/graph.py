@@ -17,6 +17,7 @@ The slots of a load stay pinned until the next one, whose stream is then behind 
 that the disk fills one while a replay reads the other.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,6 +58,7 @@ class StaticFetch:
         self._staging = tier.staging(2 * size)
         self._view = tier.device.view(self._staging)
         self._halves: list[Flight | None] = [None, None]
+        self._stream: Any = None
         self._loads = 0
 
     def load(self, indices: Any, stream: Any = None) -> None:
@@ -75,27 +77,33 @@ class StaticFetch:
             before.event.wait()
         flight = Flight(self._table, shape, self._tier.room(rows.size))
         flight.staging = self._staging[half * rows.size : (half + 1) * rows.size]
-        self._store._load(flight, rows)
         try:
+            self._store._load(flight, rows)
             where = flight.plan.where
             where[where < 0] -= half * rows.size
-            flight.event = Unreached()
-            self._retire(stream)
             self._tier.send(flight.plan, self._where, stream)
         except BaseException:
-            flight.event = None
+            if flight.job is not None:  # its reads land in the half that the next load uses
+                flight.job.end()
             self._store._give_up(flight)
             raise
+        self._retire(stream)
+        flight.event = Unreached()
         self._halves[half] = flight
+        self._stream = stream
         self._loads += 1
 
     def launch(self, stream: Any = None) -> None:
         """Queue the gather into `out`. This is what a graph captures."""
         self._tier.launch(self._where, self._view, self.out, self._table.record, stream)
 
-    def close(self, stream: Any = None) -> None:
-        """Let go of the last load's slots, once the stream has done what is queued on it now."""
-        self._retire(self._tier.device.current() if stream is None else stream)
+    def close(self) -> None:
+        """Let go of the last load's slots, once the stream of that load has done what is queued on it now."""
+        self._retire(self._stream)
+
+    def __del__(self) -> None:
+        if "_loads" in self.__dict__ and self._store._process == os.getpid():
+            self.close()
 
     def _retire(self, stream: Any) -> None:
         """The last load's launch is queued on the stream: its slots are free behind it."""

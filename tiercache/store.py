@@ -76,6 +76,11 @@ class Store:
         if config.device is not None:
             level = _level("device", config.device, options, self._stride, num_rows)
             most = config.device.promotion // self._stride
+            if not most:
+                raise ConfigError(
+                    f"device.promotion = {config.device.promotion}: holds no row of {self._stride} bytes; "
+                    f"allowed are {self._stride} bytes or more"
+                )
             self._device = open_device_tier(config.device.device, level, self._host, most, device)
         self._top = self._device or self._host
         on_disk = [table for table in tables.values() if isinstance(table, FileTable)]
@@ -463,19 +468,15 @@ class Store:
             where[where == above + slot] = place
 
     def _load(self, flight: Flight, rows: npt.NDArray[np.int64]) -> None:
-        """For a StaticFetch: bring a flight's rows to its places, and go on holding them."""
+        """For a StaticFetch, which gives the flight up where this raises: bring its rows to its places, and hold them."""
         self._require_here()
-        try:
-            with self._lock:
-                self._enter(flight)
-                self._top.plan(flight.plan, rows, flight.table.reader.num_reads)
-                self._begin(flight)
-            self._read(flight, 0)
-            if flight.job is not None:
-                self._await(flight)
-        except BaseException:
-            self._give_up(flight)
-            raise
+        with self._lock:
+            self._enter(flight)
+            self._top.plan(flight.plan, rows, flight.table.reader.num_reads)
+            self._begin(flight)
+        self._read(flight, 0)
+        if flight.job is not None:
+            self._await(flight)
 
     def _retire(self, flight: Flight) -> None:
         """For a StaticFetch: let go of a flight once its event is done."""

@@ -73,22 +73,29 @@ class CudaDevice:
 
     def register(self, memory: npt.NDArray[np.uint8]) -> None:
         """Pin memory that exists, page by page as it is: nothing is rounded up. It stays pinned as long as this object."""
-        runtime = self._cupy.cuda.runtime
-        runtime.hostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE_MAPPED)
+        with torch.cuda.device(self.torch_device):
+            self._cupy.cuda.runtime.hostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE_MAPPED)
         weakref.finalize(self, _unregister, self.torch_device, memory)
 
     def pinned(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         """New pinned host memory, out of torch's cache of it."""
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+        with torch.cuda.device(self.torch_device):
+            return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True).numpy()
 
     def view(self, memory: npt.NDArray[np.uint8]) -> torch.Tensor:
-        """Pinned host memory as kernels see it: uint8 of the same shape, on the device."""
+        """Pinned host memory as kernels see it: uint8 of the same shape, on the device.
+
+        RuntimeError if torch would rather copy it, as it does with memory that was pinned for another device.
+        """
         if memory.size == 0:
             return torch.empty(memory.shape, dtype=torch.uint8, device=self.torch_device)
         address = self._cupy.cuda.runtime.hostGetDevicePointer(memory.ctypes.data, 0)
         unowned = self._cupy.cuda.UnownedMemory(address, memory.nbytes, memory, self.torch_device.index)
         array = self._cupy.ndarray(memory.shape, self._cupy.uint8, self._cupy.cuda.MemoryPointer(unowned, 0))
-        return torch.as_tensor(array, device=self.torch_device)
+        tensor = torch.as_tensor(array, device=self.torch_device)
+        if tensor.data_ptr() != address:
+            raise RuntimeError(f"pinned memory of {self.torch_device} was copied, not viewed")
+        return tensor
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, stream: torch.cuda.Stream | None) -> torch.Tensor:
         """A tensor that belongs to a stream, or to the current one."""
