@@ -146,7 +146,7 @@ def test_a_fetch_that_waits_for_a_prefetch_of_a_changed_file(file, engine, monke
     kind = KINDS[engine]
     start = kind.start
     monkeypatch.setattr(kind, "start", lambda engine: None)
-    monkeypatch.setattr(probe, "_time", lambda *arguments: 1.0)
+    monkeypatch.setattr(probe, "_read", lambda *arguments: 0)
     with Store.open(config_of(file, engine=engine)) as store, ThreadPoolExecutor(1) as pool:
         modify(file)
         ticket = store.prefetch([499, 498])

@@ -1,8 +1,10 @@
 """What the kernel refuses when a store opens, and how a store ends: close, fork, exit, garbage collection."""
 
 import errno
+import gc
 import os
 import shutil
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +26,7 @@ from stores import (
 )
 
 from tiercache.errors import ClosedError, StorageError
-from tiercache.storage import files, probe, uring
+from tiercache.storage import disk, files, probe, uring
 from tiercache.storage.queue import stop
 from tiercache.store import Store
 from tiercache.testing import FaultySource, OracleSource
@@ -86,6 +88,54 @@ with store:
 def test_io_uring_whose_use_is_refused_is_told_once(file, name):
     told = in_process(_ENTER_REFUSED, file, name)
     assert told == "1 threads tiercache: io_uring is refused (Operation not permitted); reading with threads\n"
+
+
+def test_io_uring_that_does_not_know_a_read(file, monkeypatch):
+    unknown = 200
+    monkeypatch.setattr(uring, "_READ_FIXED", unknown)
+    monkeypatch.setattr(uring.UringEngine, "_register_buffer", lambda engine: True)
+    with pytest.warns(RuntimeWarning, match=r"io_uring is refused \(Invalid argument\); reading with threads"):
+        store = Store.open(config_of(file, engine="uring"))
+    with store:
+        assert is_exact(store, range(50))
+    assert not store_threads()
+
+
+@pytest.mark.parametrize("stage", ["thread", "reader"])
+def test_an_open_that_fails_leaves_nothing_behind(file, monkeypatch, engine, stage):
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    def start(thread):
+        if any(other is not thread for other in store_threads()) or engine == "uring":
+            refuse()
+        original(thread)
+
+    original = threading.Thread.start
+    before = len(os.listdir("/proc/self/fd"))
+    if stage == "thread":
+        monkeypatch.setattr(threading.Thread, "start", start)
+    else:
+        monkeypatch.setattr(disk, "new_layout", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        Store.open(config_of(file, engine=engine))
+    assert not store_threads()
+    gc.collect()  # an engine and its thread that never began refer to each other
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_no_directory_for_compiled_code_is_told_once():
+    code = """
+import warnings
+from numba.core import caching
+caching.CompileResultCacheImpl._locator_classes = []
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    from tiercache.policies.keyset import mix
+assert 0 <= mix(5) < 2**32
+print(len(told), told[0].category.__name__, "NUMBA_CACHE_DIR" in str(told[0].message))
+"""
+    assert in_process(code) == "1 RuntimeWarning True\n"
 
 
 @pytest.mark.parametrize("refused", [uring.SYS_IO_URING_SETUP, uring.SYS_IO_URING_REGISTER])
@@ -179,7 +229,7 @@ def hold(monkeypatch, kind):
         close(engine)
 
     monkeypatch.setattr(kind, "start", lambda engine: None)
-    monkeypatch.setattr(probe, "_time", lambda *arguments: 1.0)
+    monkeypatch.setattr(probe, "_read", lambda *arguments: 0)
     monkeypatch.setattr(kind, "close", late)
 
 
@@ -286,8 +336,8 @@ for number in range(8):
     child = os.fork()
     if child == 0:
         ended.set()
-        for call in (lambda: store.fetch([1], table="s"), lambda: store.prefetch([1], table="file"), ticket.take, store.stats,
-                     store.check):
+        for call in (lambda: store.fetch([1], table="s"), lambda: store.prefetch([1], table="file"), ticket.take, ticket.cancel,
+                     store.stats, store.check):
             try:
                 call()
                 os._exit(3)

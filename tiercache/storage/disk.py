@@ -1,6 +1,7 @@
 """Disk: the file tables of a store, opened; one engine over all their files."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import numpy.typing as npt
@@ -37,13 +38,19 @@ class Disk:
                 if file.size >> FILE_BITS:
                     raise FormatError(f"{file.path}: {file.size} bytes; files of up to {1 << FILE_BITS} bytes are served")
         sums = [table.checksums.load() for table in tables if table.checksums is not None and verify]
-        self._files: OpenFiles = open_files([file for table in tables for file in table.files], direct=direct)
-        slot_bytes = bounce_bytes(longest_piece(tables), self._files.alignment)
-        try:
+        with ExitStack() as begun:
+            self._files: OpenFiles = open_files([file for table in tables for file in table.files], direct=direct)
+            begun.callback(self._files.close)
+            slot_bytes = bounce_bytes(longest_piece(tables), self._files.alignment)
             self._choice: Choice = start_engine(engine, self._files, queue_depth, slot_bytes)
-        except ConfigError:
-            self._files.close()
-            raise
+            begun.callback(self.engine.close)
+            self.readers = self._new_readers(tables, sums, slot_bytes, verify)
+            self._alive = (tuple(tables), sums)
+            begun.pop_all()
+
+    def _new_readers(
+        self, tables: Sequence[FileTable], sums: Sequence[npt.NDArray[np.int64]], slot_bytes: int, verify: bool
+    ) -> list[FileReader]:
         files = Files(
             self._files.descriptors,
             np.array([file.size for file in self._files.files], np.int64),
@@ -52,12 +59,12 @@ class Disk:
         )
         alignment = max(self._files.alignment, PAGE_BYTES) if verify else self._files.alignment
         first_file = 0
-        self.readers: list[FileReader] = []
+        readers = []
         for table in tables:
             layout = new_layout(table, first_file)
-            self.readers.append(FileReader(layout, files, self._files, self.engine, alignment, slot_bytes))
+            readers.append(FileReader(layout, files, self._files, self.engine, alignment, slot_bytes))
             first_file += len(table.files)
-        self._alive = (tuple(tables), sums)
+        return readers
 
     @property
     def engine(self) -> Engine:

@@ -62,7 +62,7 @@ def open_files(files: Sequence[TableFile], *, direct: bool) -> OpenFiles:
         identities = tuple(map(identity_of, descriptors))
         for descriptor, file in zip(descriptors, files, strict=True):
             require_unchanged(descriptor, file)
-    except OSError:
+    except BaseException:
         for descriptor in descriptors:
             os.close(descriptor)
         raise
@@ -102,7 +102,7 @@ def _alignment_of(descriptor: int) -> int:
     )
     memory, offset = (int(word) for word in said.view(np.uint32)[38:40])
     candidates = [max(memory, offset)] if result == 0 and offset else [512, 4096]
-    buffer = aligned_buffer(8192)
+    buffer = aligned_buffer(max(candidates))
     for alignment in candidates:
         if pread(descriptor, buffer.ctypes.data, alignment, 0) >= 0:
             return alignment

@@ -1,5 +1,6 @@
 """Which engine serves: a short measurement of each, on the table itself."""
 
+import errno
 import os
 import time
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ _PROBE_READS = 512
 _MARGIN = 1.25
 """How much faster than io_uring threads must be to be chosen: they spend about three times the CPU on a read."""
 _BLOCK = 4096
+_REFUSALS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+"""What a first read fails with where a ring is granted and not its use: by a filter of system calls, or an older kernel."""
 
 
 class Choice(NamedTuple):
@@ -70,11 +73,12 @@ def _start(name: str, engines: list[Engine], files: OpenFiles, queue_depth: int,
     engines.append(engine)
     engine.start()
     if name == "uring":
-        _time(engine, int(files.descriptors[0]), np.zeros(1, np.int64))
-        if number := int(engine.queue.control[q.BROKEN]):
+        number = _read(engine, int(files.descriptors[0]), np.zeros(1, np.int64), max(_BLOCK, files.alignment))
+        broken = int(engine.queue.control[q.BROKEN])
+        if broken or number in _REFUSALS:
             engines.remove(engine)
             engine.close()
-            raise OSError(number, os.strerror(number))
+            raise OSError(broken or number, os.strerror(broken or number))
 
 
 def _choose(engines: Sequence[Engine], files: OpenFiles) -> tuple[Engine, dict[str, float]]:
@@ -90,27 +94,31 @@ def _choose(engines: Sequence[Engine], files: OpenFiles) -> tuple[Engine, dict[s
 def _measure(engines: Sequence[Engine], files: OpenFiles) -> list[float]:
     """Random reads per second of each engine: the best of three rounds, interleaved, after a warm-up of a few reads."""
     largest = max(range(len(files.files)), key=lambda number: files.files[number].size)
-    num_blocks = max(files.files[largest].size // _BLOCK, 1)
+    length = max(_BLOCK, files.alignment)
+    num_blocks = max(files.files[largest].size // length, 1)
     random = np.random.default_rng(0)
     best = [0.0] * len(engines)
     for num_reads in (8, _PROBE_READS, _PROBE_READS, _PROBE_READS):
         for number, engine in enumerate(engines):
             blocks = random.integers(0, num_blocks, num_reads)
-            seconds = _time(engine, int(files.descriptors[largest]), np.sort(blocks) * _BLOCK)
+            begin = time.perf_counter()
+            _read(engine, int(files.descriptors[largest]), np.sort(blocks) * length, length)
             if num_reads == _PROBE_READS:
-                best[number] = max(best[number], num_reads / seconds)
+                best[number] = max(best[number], num_reads / (time.perf_counter() - begin))
     return best
 
 
-def _time(engine: Engine, descriptor: int, offsets: npt.NDArray[np.int64]) -> float:
+def _read(engine: Engine, descriptor: int, offsets: npt.NDArray[np.int64], length: int) -> int:
+    """Read so many bytes at each offset, to no place; 0, or the errno of the first failure."""
     reads = np.zeros((offsets.size, q.READ_COLUMNS), np.int64)
     reads[:, q.AT] = reads[:, q.OFFSET] = offsets
-    reads[:, q.FD], reads[:, q.LENGTH], reads[:, q.NEEDED] = descriptor, _BLOCK, 1
+    reads[:, q.FD], reads[:, q.LENGTH], reads[:, q.NEEDED] = descriptor, length, 1
     pieces, wanted, result = np.zeros((1, q.PIECE_COLUMNS), np.int64), np.empty(0, np.int64), np.zeros(8, np.int64)
     engine.underway.hold(result, (reads, pieces, wanted))
-    begin = time.perf_counter()
-    if q.submit(engine.queue, reads, pieces, wanted, result, 0) > 0:
-        engine.wake()
-        while not q.wait_done(engine.queue, result):
-            pass
-    return time.perf_counter() - begin
+    serial = int(q.submit(engine.queue, reads, pieces, wanted, result, 0))
+    if serial < 0:
+        return -serial
+    engine.wake()
+    while not q.wait_done(engine.queue, result):
+        pass
+    return int(result[q.ERRNO])
