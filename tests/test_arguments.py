@@ -12,8 +12,10 @@ from stores import config_of, descriptors_of, is_exact, store_threads, write_row
 
 from tiercache.errors import ConfigError, FormatError, StorageError
 from tiercache.records import plain
+from tiercache.request import _localise
+from tiercache.storage import open_table
 from tiercache.store import Store
-from tiercache.testing import oracle
+from tiercache.testing import OracleSource, oracle
 
 
 @pytest.fixture
@@ -120,6 +122,21 @@ def test_a_table_that_is_not_there(store):
         store.num_rows("none")
 
 
+def test_an_index_that_changes_while_it_is_checked():
+    class Changing:
+        """One index, which is good from its second reading on."""
+
+        size = 1
+        good = False
+
+        def __getitem__(self, position):
+            row, self.good = 0 if self.good else -5_000_000_000, True
+            return row
+
+    rows = np.zeros(1, np.int64)
+    assert getattr(_localise, "py_func", _localise)(Changing(), 0, 10, rows) == 0
+
+
 # settings and files at open
 
 
@@ -165,6 +182,12 @@ def test_a_store_needs_a_table_and_each_a_name_of_its_own(file):
         ({"x": SimpleNamespace(num_rows=1, record=plain("U8", 1), read=print)}, r"it lacks close"),
         ({"x": SimpleNamespace(num_rows=1, record=8, read=print, close=print)}, r"its record is a int, not a tiercache"),
         ({"x": SimpleNamespace(num_rows=0, record=plain("U8", 1), read=print, close=print)}, r"its num_rows is 0"),
+        ({"x": SimpleNamespace(num_rows=True, record=plain("U8", 1), read=print, close=print)}, r"its num_rows is True"),
+        ({"x": SimpleNamespace(num_rows=1.5, record=plain("U8", 1), read=print, close=print)}, r"its num_rows is 1\.5"),
+        ({"x": SimpleNamespace(num_rows=-1, record=plain("U8", 1), read=print, close=print)}, r"its num_rows is -1"),
+        ({"x": SimpleNamespace(num_rows=1 << 62, record=plain("U8", 1), read=print, close=print)}, r"less than 2\*\*62"),
+        ({name: OracleSource(1 << 61, plain("U8", 1)) for name in "ab"}, r"tables: have \d+ rows in all.*less than 2\*\*62"),
+        ({"x": SimpleNamespace(num_rows=1, record=plain("U8", 1), read=print, close=3)}, r"its close cannot be called"),
         ({"x": SimpleNamespace(num_rows="9", record=plain("U8", 1), read=print, close=print)}, r"its num_rows is '9'"),
     ],
 )
@@ -194,6 +217,19 @@ def test_a_file_that_is_no_table(file, damage, error):
     with pytest.raises(error, match=re.escape(str(file))):
         Store.open(config_of(file))
     assert not store_threads()
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 5000 + ".safetensors", "\0"])
+def test_a_path_that_cannot_be(name):
+    with pytest.raises(StorageError):
+        open_table("t", name)
+
+
+def test_counts_of_numpy_do_not_overflow():
+    sources = {name: OracleSource(np.int32(2**31 - 1), plain("U8", 264)) for name in "abc"}
+    with Store.open(config_of(), tables=sources) as store:
+        assert store.num_rows("c") == 2**31 - 1
+        assert is_exact(store, [2**31 - 2, 0], "c")
 
 
 def test_a_table_of_an_unsupported_dtype(tmp_path):

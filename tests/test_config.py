@@ -1,5 +1,6 @@
 """The configuration: defaults, TOML, and refusals that name field, value and what is allowed."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,9 @@ def test_a_mapping_may_say_tables():
         ({"mode": "r+"}, r"mode = 'r\+': this release only reads"),
         ({"device": {"capacity": "many"}}, r"device\.capacity = 'many'"),
         ({"device": {"promotion": 0}}, r"device\.promotion = 0"),
+        ({"table": [{"path": "a\0b"}]}, r"table\.0\.path = .*without a zero byte"),
+        ({"table": [{"path": "~nobody-here/t"}]}, r"table\.0\.path = .*~nobody-here/t.*such a home"),
+        ({"host": {"policy": "static", "hot_set": "\0"}}, r"host\.hot_set = .*without a zero byte"),
         ({"device": {"policy": "static"}}, r"device = .*a hot_set belongs to policy"),
     ],
 )
@@ -183,7 +187,26 @@ def test_a_static_store_keeps_its_hot_set(tmp_path: Path) -> None:
         assert store.stats().host.bypasses == 16
 
 
-@pytest.mark.parametrize("content", [b"no", b""])
+def npy(header: str, data: bytes = b"") -> bytes:
+    """A .npy file of this header."""
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + header.encode().ljust(117) + b"\n" + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"no",
+        b"",
+        b"PK\x03\x04" + b"x" * 60,
+        npy("{'descr': '<i8', 'fortran_order': False, 'shape': (1099511627776000,), }"),
+        npy("{'descr': '<i8', 'fortran_order': False, 'shape': (2,), }", b"\0" * 15),
+        npy("{'descr': '<i8', 'fortran_order': False, 'shape': (1, 1), }", b"\0" * 8),
+        npy("{'descr': '<f8', 'fortran_order': False, 'shape': (1,), }", b"\0" * 8),
+        npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", b"\0" * 8),
+        npy("{'descr': (((((("),
+    ],
+    ids=["foreign", "empty", "zip", "huge", "short", "2-D", "floats", "objects", "header"],
+)
 def test_a_hot_set_that_is_none_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "hot.npy").write_bytes(content)
     config = {"host": {"policy": "static", "hot_set": tmp_path / "hot.npy"}}

@@ -1,5 +1,7 @@
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -213,15 +215,26 @@ def test_s3fifo_ghost_sends_a_returning_key_to_the_main_queue():
         (s3fifo, {"small": 0}),
         (s3fifo, {"small": 1.0}),
         (s3fifo, {"ghost": -0.1}),
+        (s3fifo, {"ghost": math.inf}),
+        (s3fifo, {"ghost": math.nan}),
+        (s3fifo, {"ghost": 1e300}),
+        (s3fifo, {"ghost": 10**400}),
+        (s3fifo, {"small": math.nan}),
         (s3fifo, {"threshold": 4}),
         (wtinylfu, {"window": 1.1}),
         (wtinylfu, {"protected": -1}),
         (wtinylfu, {"period": 0}),
+        (wtinylfu, {"period": math.nan}),
+        (wtinylfu, {"period": math.inf}),
+        (wtinylfu, {"period": 1e300}),
+        (wtinylfu, {"period": 2**63}),
+        (wtinylfu, {"window": math.nan}),
         (static, {"hot_rows": [3, -1]}),
     ],
 )
 def test_a_parameter_out_of_range_is_named(module, options):
-    with pytest.raises(ValueError, match=next(iter(options))):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name} (is|has) {re.escape(str(value))}" if name != "hot_rows" else name):
         module.init(10, **options)
 
 

@@ -63,7 +63,12 @@ class _Section(BaseModel):
 
 def _beside_the_config(path: Path, info: ValidationInfo) -> Path:
     base: Path = (info.context or {}).get("base", Path())
-    return base / path.expanduser()
+    if "\0" in str(path):
+        raise ValueError("allowed is a path without a zero byte")
+    try:
+        return base / path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"allowed is a path that begins with ~ only where there is such a home: {error}") from error
 
 
 _Path = Annotated[Path, AfterValidator(_beside_the_config)]

@@ -15,6 +15,7 @@ class Source(Protocol):
     """
 
     num_rows: int
+    """At least 1, and less than 2**62 with the other sources of the store. Like `record`, it is looked at once, at open."""
     record: Record
 
     def read(self, rows: npt.NDArray[np.int64], out: npt.NDArray[np.uint8]) -> Any:

@@ -27,6 +27,7 @@ from tiercache.policies.keyset import ABSENT, KeySet
 from tiercache.policies.links import NEWER, members, new_rings, push, unlink
 
 _MOST_USES = 3
+_KEYS = 2**31
 _SMALL, _MAIN = 0, 1
 _SIZE, _NEWEST, _SHARE = 0, 2, 4
 _USED, _NUM_GHOSTS, _MOST_GHOSTS, _THRESHOLD = 6, 7, 8, 9
@@ -54,13 +55,13 @@ def init(capacity: int, *, small: float = 0.25, ghost: float = 0.75, threshold: 
     """State of `capacity` slots: 5 bytes a slot and 24 a ghost.
 
     small      share of the slots in the small queue, above 0 and below 1
-    ghost      keys remembered per slot, 0 or more
+    ghost      keys remembered per slot, 0 or more, and less than 2**31 in all
     threshold  hits that move a key from small to main, 1 to 3
     """
     if not 0 < small < 1:
         raise ValueError(f"small is {small}, must be a share above 0 and below 1")
-    if not ghost >= 0:
-        raise ValueError(f"ghost is {ghost}, must be 0 or more")
+    if not 0 <= ghost * capacity < _KEYS:
+        raise ValueError(f"ghost is {ghost}, must be 0 or more, and below 2**31 keys for {capacity} slots")
     if threshold not in range(1, _MOST_USES + 1):
         raise ValueError(f"threshold is {threshold}, must be 1, 2 or 3")
     share = max(1, int(capacity * small))

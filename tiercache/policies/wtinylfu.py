@@ -30,6 +30,7 @@ _WINDOW, _PROBATION, _PROTECTED = 0, 1, 2
 _USED, _WINDOW_SIZE, _PROTECTED_SIZE, _WINDOW_SHARE, _PROTECTED_SHARE = 0, 1, 2, 3, 4
 _HAND, _CREDIT, _INTERVAL = 5, 6, 7
 _LINE_BYTES = 64
+_LONGEST_PERIOD = 2**31
 
 
 class State(NamedTuple):
@@ -53,13 +54,13 @@ def init(capacity: int, *, window: float = 0.50, protected: float = 0.80, period
 
     window     share of the slots in the window, 0 to 1
     protected  share of the main part that is protected, 0 to 1
-    period     accesses per slot in which every counter is halved once, 1 or more
+    period     accesses per slot in which every counter is halved once, from 1 to 2**31
     """
     for name, share in (("window", window), ("protected", protected)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name} is {share}, must be a share from 0 to 1")
-    if period < 1:
-        raise ValueError(f"period is {period}, must be 1 or more")
+    if not 1 <= period <= _LONGEST_PERIOD:
+        raise ValueError(f"period is {period}, must be from 1 to 2**31")
     window_share = int(capacity * window)
     protected_share = int((capacity - window_share) * protected)
     lines = max(1, -(-capacity * 8 // _LINE_BYTES))

@@ -44,6 +44,8 @@ def require_path(path: str | os.PathLike[str], what: str) -> Path:
         raise StorageError(errno.ENOENT, f"no such file or directory, {what}", str(path)) from error
     except OSError as error:
         raise storage_error(error, path) from error
+    except ValueError as error:
+        raise StorageError(errno.EINVAL, str(error), str(path)) from error
     return path
 
 

@@ -1,8 +1,10 @@
 """MemoryTable: a table that is an array. For tests and for tables that fit. And what else a caller may hand over."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from tiercache.records import DTYPES, Record, plain
 from tiercache.source import Source
 from tiercache.storage.table import storage_error
 
+_ROWS = 1 << 62
 _NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
 
 
@@ -56,7 +59,10 @@ def sources_of(tables: object) -> dict[str, Source]:
         return {}
     if not isinstance(tables, Mapping):
         raise ConfigError(f"tables = {_short(tables)}: allowed is a mapping from names to sources or 2-D arrays")
-    return {name: _source(name, table) for name, table in tables.items()}
+    sources = {name: _source(name, table) for name, table in tables.items()}
+    if (num_rows := sum(source.num_rows for source in sources.values())) >= _ROWS:
+        raise ConfigError(f"tables: have {num_rows} rows in all; a store has less than 2**62")
+    return sources
 
 
 def _source(name: object, table: Any) -> Source:
@@ -72,10 +78,24 @@ def _source(name: object, table: Any) -> Source:
         raise ConfigError(f"{where}: allowed is a source or a 2-D array; to be a source it lacks {', '.join(missing)}")
     if not isinstance(table.record, Record):
         raise ConfigError(f"{where}: its record is a {type(table.record).__name__}, not a tiercache.Record")
-    if not isinstance(table.num_rows, int | np.integer) or table.num_rows < 1:
-        raise ConfigError(f"{where}: its num_rows is {table.num_rows!r}; allowed are 1 or more")
+    num_rows = table.num_rows
+    if not isinstance(num_rows, int | np.integer) or isinstance(num_rows, bool) or num_rows < 1:
+        raise ConfigError(f"{where}: its num_rows is {num_rows!r}; allowed are 1 or more, as an integer")
+    for method in ("read", "close"):
+        if not callable(getattr(table, method)):
+            raise ConfigError(f"{where}: its {method} cannot be called")
     source: Source = table
-    return source
+    return source if isinstance(num_rows, int) else _Counted(int(num_rows), table.record, table.read, table.close)
+
+
+@dataclass
+class _Counted:
+    """A source whose `num_rows` is of numpy's: sums of such would overflow at the width of its type."""
+
+    num_rows: int
+    record: Record
+    read: Callable[[npt.NDArray[np.int64], npt.NDArray[np.uint8]], Any]
+    close: Callable[[], Any]
 
 
 def _short(value: object) -> str:
@@ -86,13 +106,18 @@ def _short(value: object) -> str:
 def read_rows(path: Path) -> npt.NDArray[np.int64]:
     """Row numbers of a .npy file, int64[n]. StorageError where it cannot be read, FormatError where it is something else."""
     try:
-        rows = np.load(path, allow_pickle=False)
+        mapped = np.lib.format.open_memmap(path, mode="r")
+        if mapped.ndim != 1 or mapped.dtype.kind not in "iu":
+            raise FormatError(f"{path}: holds no list of row numbers, which is a 1-D array of integers")
+        rows = np.fromfile(path, mapped.dtype, mapped.size, offset=mapped.offset)
     except OSError as error:
         raise storage_error(error, path) from error
-    except (ValueError, EOFError) as error:
+    except FormatError:
+        raise
+    except (ValueError, EOFError, SyntaxError, TokenError) as error:
         raise FormatError(f"{path}: not a .npy file: {error}") from error
-    if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype.kind not in "iu":
-        raise FormatError(f"{path}: holds no list of row numbers, which is a 1-D array of integers")
+    if rows.size != mapped.size:
+        raise FormatError(f"{path}: ends after {rows.size} of {mapped.size} row numbers")
     return rows.astype(np.int64)
 
 
