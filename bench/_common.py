@@ -29,6 +29,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from tiercache.records import Record, plain
+
 ROW_BYTES = 264
 NUM_SHARDS = 32
 GIB = 1 << 30
@@ -50,6 +52,22 @@ def records(rows: Rows) -> npt.NDArray[np.uint8]:
     words ^= words >> np.uint64(29)
     words *= np.uint64(0xBF58476D1CE4E5B9)
     return words.view(np.uint8)
+
+
+class Computed:
+    """A Source whose rows are computed."""
+
+    record: Record = plain("BF16", ROW_BYTES // 2)
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+
+    def read(self, rows: Rows, out: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:
+        """Write the record of rows[i] to out[i]."""
+        out[:] = records(rows)
+
+    def close(self) -> None:
+        """Nothing to close."""
 
 
 class BenchTable(NamedTuple):
@@ -217,6 +235,7 @@ def _number(value: float) -> str:
 
 
 _COLUMNS = ("what", "median", "baseline", "ratio", "target", "")
+_STYLES = {"PASS": "green", "MISS": "red"}
 
 
 def parser(description: str | None, *, directory: bool = True) -> argparse.ArgumentParser:
@@ -234,22 +253,25 @@ def parser(description: str | None, *, directory: bool = True) -> argparse.Argum
 def report(name: str, title: str, figures: Sequence[Figure], options: argparse.Namespace) -> None:
     """Print the figures, write them into the README if asked for, delete the table if asked for."""
     directory = getattr(options, "dir", None)
-    machine = hardware(directory)
+    tabulate(name, title, _COLUMNS, [figure.cells() for figure in figures], options)
+    if directory is not None and options.clean:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def tabulate(name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], options: argparse.Namespace) -> None:
+    """Print a table, and write it into the README if asked for."""
+    machine = hardware(getattr(options, "dir", None))
     choices = [word for word in sys.argv[1:] if word not in ("--readme", "--clean")]
     command = " ".join(["python", f"bench/{name}.py", *choices])
-    table = Table(*_COLUMNS, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.caption, table.caption_justify = machine, "left"
-    for figure in figures:
-        style = {"PASS": "green", "MISS": "red"}.get(figure.verdict, "")
-        table.add_row(*figure.cells()[:-1], f"[{style}]{figure.verdict}[/]" if style else "")
+    for cells in rows:
+        table.add_row(*(f"[{_STYLES[cell]}]{cell}[/]" if cell in _STYLES else cell for cell in cells))
     console.print(table)
     if options.readme:
         lines = [f"### {title}", "", f"`{command}`, {machine}", ""]
-        lines += ["| " + " | ".join(cells) + " |" for cells in (_COLUMNS, ("---",) * len(_COLUMNS))]
-        lines += ["| " + " | ".join(figure.cells()) + " |" for figure in figures]
+        lines += ["| " + " | ".join(cells) + " |" for cells in (columns, ("---",) * len(columns), *rows)]
         _rewrite(name, "\n".join(lines))
-    if directory is not None and options.clean:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _rewrite(name: str, block: str) -> None:
@@ -271,7 +293,7 @@ def hardware(directory: Path | None) -> str:
     if directory is not None:
         parts.append(_disk(directory))
     parts.append(f"Linux {platform.release()}, Python {platform.python_version()}")
-    packages = ("tiercache", "torch", "numba", "numpy", "engramdb-python", "libcachesim")
+    packages = ("tiercache", "torch", "numba", "numpy", "engramdb-python", "libcachesim", "triton")
     versions = [f"{package} {version(package)}" for package in packages]
     if shutil.which("fio"):
         versions.append(subprocess.run(["fio", "--version"], check=True, capture_output=True, text=True).stdout.strip())

@@ -9,31 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from _common import GIB, ROW_BYTES, Figure, Rows, console, parser, records, report, timed
+from _common import GIB, ROW_BYTES, Computed, Figure, Rows, console, parser, report, timed
 
-from tiercache import Record, Store
-from tiercache.records import plain
+from tiercache import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 BATCH = _FILL = 100_000
-
-
-class Computed:
-    """A Source whose rows are computed."""
-
-    record: Record = plain("BF16", ROW_BYTES // 2)
-
-    def __init__(self, num_rows: int) -> None:
-        self.num_rows = num_rows
-
-    def read(self, rows: Rows, out: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:
-        """Write the record of rows[i] to out[i]."""
-        out[:] = records(rows)
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """What holds for every test: whatever it built is checked when it ends."""
 
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +10,9 @@ from hypothesis import settings
 
 from tiercache.level import Level
 from tiercache.store import Store
+
+# Read when a Triton kernel is defined: it then runs in Triton's interpreter, on tensors of the CPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The first example of a test may compile for seconds; pytest's own timeout ends what hangs.
 settings.register_profile("tiercache", deadline=None)

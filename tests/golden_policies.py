@@ -45,7 +45,7 @@ def count_misses(name, capacity, rows, batch=1):
     """Misses of a level that starts empty and is given `batch` rows at a time. Checks the books at the end."""
     level = Level(POLICIES[name], capacity, options_of(name, capacity, rows, batch))
     for start in range(0, rows.size, batch):
-        level.unpin(level.plan(rows[start : start + batch]).held)
+        level.release(level.plan(rows[start : start + batch]))
     level.check()
     return int(level.counters[MISSES])
 

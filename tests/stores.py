@@ -1,6 +1,8 @@
 """Stores for tests: tables on disk whose bytes are the oracle's, and small configs."""
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from tiercache.config import StoreConfig
+from tiercache.config import DeviceConfig, StoreConfig
 from tiercache.records import Field, Record
 from tiercache.storage import open_table
 from tiercache.storage.memory import MemoryTable
@@ -55,13 +57,21 @@ def config_of(path=None, *, capacity=1 << 20, policy="s3fifo", engine="threads",
     }
 
 
-def open_with(policy, options, capacity_bytes, paths, sources, **storage):
-    """A store under any policy, with parameters that a config cannot give."""
+def open_with(policy, options, capacity_bytes, paths, sources, *, device=None, **storage):
+    """A store under any policy, with parameters that a config cannot give.
+
+    device: None, or (policy, options, config of the device tier, Device or None).
+    """
     config = StoreConfig.load(config_of(capacity=capacity_bytes, **storage))
-    config = config.model_copy(update={"host": config.host.model_copy(update={"policy": policy})})
+    update = {"host": config.host.model_copy(update={"policy": policy})}
+    options, on = {"host": options}, None
+    if device is not None:
+        device_policy, options["device"], settings, on = device
+        update["device"] = DeviceConfig(**settings).model_copy(update={"policy": device_policy})
+    config = config.model_copy(update=update)
     described = {name: open_table(name, path) for name, path in paths.items()}
     described |= {name: MemoryTable(s) if isinstance(s, np.ndarray) else s for name, s in sources.items()}
-    return Store(config, described, options)
+    return Store(config, described, options, on)
 
 
 class StoreSource:
@@ -104,3 +114,17 @@ def descriptors_of(path):
         except OSError:
             continue
     return count
+
+
+def in_process(code, *arguments):
+    """Run a program of its own; what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout

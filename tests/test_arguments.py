@@ -70,7 +70,6 @@ def test_a_row_out_of_range_is_named(store, call, rows, message):
         "7",
         None,
         ["a"],
-        torch.zeros(2, dtype=torch.int64, device="meta"),
     ],
 )
 def test_indices_that_are_not_integers_here(store, rows):

@@ -99,7 +99,7 @@ def test_a_mapping_may_say_tables():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"tabel": []}, r"tabel = \[\]: unknown; allowed are dtype, mode, table, host, storage"),
+        ({"tabel": []}, r"tabel = \[\]: unknown; allowed are dtype, mode, table, device, host, storage"),
         ({"table": [TABLE | {"size": 3}]}, r"table\.0\.size = 3: unknown; allowed are name, path, fields, resident"),
         ({"host": {"capcity": 1}}, r"host\.capcity = 1: unknown; allowed are capacity, policy, policy_options"),
         ({"storage": {"x": 1}}, r"storage\.x = 1: unknown; allowed are engine, queue_depth, direct, verify"),
@@ -118,13 +118,15 @@ def test_a_mapping_may_say_tables():
         ({"host": {"policy": "random"}}, r"host\.policy = 'random': .*'fifo', 'lru'.*'static'"),
         ({"host": {"policy": "belady"}}, r"host\.policy = 'belady'"),
         ({"host": {"policy_options": {"window": "x"}}}, r"host\.policy_options\.window = 'x': allowed is a number"),
-        ({"storage": {"engine": "gds"}}, r"storage\.engine = 'gds': .*'auto', 'uring' or 'threads'"),
+        ({"storage": {"engine": "aio"}}, r"storage\.engine = 'aio': .*'auto', 'uring', 'threads' or 'gds'"),
         ({"storage": {"queue_depth": 0}}, r"storage\.queue_depth = 0: .*greater than or equal to 1"),
         ({"storage": {"direct": "yes"}}, r"storage\.direct = 'yes'"),
         ({"storage": {"verify": "row"}}, r"storage\.verify = 'row': .*'off' or 'page'"),
         ({"dtype": "int8"}, r"dtype = 'int8': .*'bfloat16'"),
         ({"mode": "r+"}, r"mode = 'r\+': this release only reads"),
-        ({"device": {"capacity": "8GiB"}}, r"device = .*: this release has no device tier"),
+        ({"device": {"capacity": "many"}}, r"device\.capacity = 'many'"),
+        ({"device": {"promotion": 0}}, r"device\.promotion = 0"),
+        ({"device": {"policy": "static"}}, r"device = .*a hot_set belongs to policy"),
     ],
 )
 def test_refusals_name_field_value_and_what_is_allowed(config, message):

@@ -52,8 +52,10 @@ def test_the_embedding_gives_the_rows_asked_for_and_not_those_prefetched(indices
 def test_the_example_config_has_every_setting_and_only_those() -> None:
     config = StoreConfig.load(_ROOT / "examples" / "store.toml")
     given = config.model_dump(exclude_unset=True)
-    assert set(given) == {"dtype", "mode", "tables", "host", "storage"}
-    assert set(given["host"]) | {"hot_set"} == set(type(config.host).model_fields)
+    assert set(given) == {"dtype", "mode", "tables", "device", "host", "storage"}
+    assert config.device is not None
+    for section, tier in (("device", config.device), ("host", config.host)):
+        assert set(given[section]) | {"hot_set"} == set(type(tier).model_fields)
     assert set(given["storage"]) == set(type(config.storage).model_fields)
     assert set(given["tables"][0]) == set(type(config.tables[0]).model_fields)
     assert config.tables[0].path == _ROOT / "examples" / "model.safetensors.index.json"
@@ -71,11 +73,12 @@ def test_the_example_config_shows_the_defaults() -> None:
 def test_the_example_config_serves_a_packed_table_as_its_comment_says(tmp_path: Path) -> None:
     pack_rows(OracleSource(9, plain("U8", 16)), tmp_path / "packed")
     text = (_ROOT / "examples" / "store.toml").read_text(encoding="utf-8")
-    assert "leave out `fields` and\n# `resident`" in text
-    lines = [line for line in text.splitlines() if not line.startswith(("fields =", "resident ="))]
-    text = "\n".join(lines).replace("model.safetensors.index.json", "packed")
-    (tmp_path / "store.toml").write_text(text.replace('capacity = "64GiB"', 'capacity = "1MiB"'))
-    with Store.open(tmp_path / "store.toml") as store:
+    assert "leave out the next two" in text
+    config = tomllib.loads("\n".join(line for line in text.splitlines() if not line.startswith(("fields =", "resident ="))))
+    config["table"][0]["path"] = str(tmp_path / "packed")
+    config["host"]["capacity"] = "1MiB"
+    del config["device"]
+    with Store.open(config) as store:
         assert store.fetch(range(9)).shape == (9, 16)
 
 

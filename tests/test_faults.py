@@ -1,5 +1,6 @@
 """Faults under an open store: a clear error, nothing half-read is kept, the next call works."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -12,10 +13,14 @@ import torch
 from stores import ENGINES, ENGRAM, KINDS, config_of, is_exact, write_rows, write_shards
 
 from tiercache.errors import StorageError
+from tiercache.level import Level
+from tiercache.storage import probe
 from tiercache.storage.memory import MemoryTable
 from tiercache.storage.pack import pack_rows
+from tiercache.storage.reader import FileReader, Job
 from tiercache.store import Store
 from tiercache.testing import FaultySource, OracleSource, broken, oracle
+from tiercache.tiers.host import HostTier
 
 
 @pytest.fixture(params=ENGINES)
@@ -50,7 +55,7 @@ def replace(path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda path: os.truncate(path, 1000), "ends too soon"),
+        (lambda path: os.truncate(path, 1000), "ends too soon|changed since"),
         (modify, "changed"),
         (replace, "replaced"),
         (os.unlink, "deleted"),
@@ -89,10 +94,59 @@ def test_what_a_prefetch_brought_of_a_changed_file_is_not_served(file, engine, s
             store.fetch([498])
 
 
+def test_bytes_of_a_changed_file_never_arrive(file, engine):
+    with Store.open(config_of(file, engine=engine)) as store:
+        modify(file)
+        ticket = store.prefetch(range(490, 500))
+        while not ticket.done:
+            pass
+        for call in (lambda: store.fetch(range(495, 500)), ticket.take):
+            with pytest.raises(StorageError, match="changed"):
+                call()
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("kind", ["fetch", "prefetch"])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Level, "make_room"),
+        (Level, "plan_into"),
+        (Store, "_begin"),
+        (HostTier, "staging"),
+        (FileReader, "submit"),
+        (Job, "wait"),
+        (HostTier, "gather"),
+    ],
+)
+def test_whatever_interrupts_a_call_leaves_no_slot_behind(file, engine, monkeypatch, owner, name, kind, raised):
+    """An exception before and after each step of a call, as a signal's handler raises it."""
+    original = getattr(owner, name)
+    for after in (False, owner is not FileReader):
+        with Store.open(config_of(file, engine=engine, capacity=264 * 50)) as store:
+            store.fetch(range(20))
+
+            def interrupted(*args, after=after, **kwargs):
+                if after:
+                    original(*args, **kwargs)
+                raise raised
+
+            monkeypatch.setattr(owner, name, interrupted)
+            with contextlib.suppress(raised):
+                getattr(store, kind)(range(10, 90))
+            monkeypatch.setattr(owner, name, original)
+            assert is_exact(store, range(100))
+            while store.stats().flights:
+                store.check()
+            store.check()
+            assert store.stats().host.pinned_slots == 0
+
+
 def test_a_fetch_that_waits_for_a_prefetch_of_a_changed_file(file, engine, monkeypatch):
     kind = KINDS[engine]
     start = kind.start
     monkeypatch.setattr(kind, "start", lambda engine: None)
+    monkeypatch.setattr(probe, "_time", lambda *arguments: 1.0)
     with Store.open(config_of(file, engine=engine)) as store, ThreadPoolExecutor(1) as pool:
         modify(file)
         ticket = store.prefetch([499, 498])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from golden_policies import options_of, zipf_trace
 
-from tiercache.level import BATCH, BYPASSES, HITS, MISSES, PINNED, Level
+from tiercache.level import BATCH, BYPASSES, HITS, MISSES, PINNED, Level, drop, new_plan
 from tiercache.policies import POLICIES
 from tiercache.policies.base import EMPTY
 from tiercache.testing import oracle
@@ -33,6 +33,11 @@ def batches_of(seed, count=120):
 
 def level_of(policy, capacity, num_rows=None, seed=0):
     return Level(POLICIES[policy], capacity, options_of(policy, capacity, zipf_trace(20_000, NUM_ROWS, seed)), num_rows)
+
+
+def parts(plan):
+    """All that a plan says."""
+    return [part.tolist() for part in (plan.where, plan.misses, plan.fill, plan.held, plan.counts)]
 
 
 class Model:
@@ -67,18 +72,20 @@ class Model:
         self.hits += len(resident)
         self.misses += len(missing)
         self.bypasses += plan.staged
-        self.plans.append(plan.held.tolist())
+        self.plans.append(plan)
 
     def release(self, number, level):
-        held = self.plans.pop(number)
-        for slot in held:
+        plan = self.plans.pop(number)
+        for slot in plan.held.tolist():
             self.pins[slot] -= 1
-        level.unpin(np.array(held, np.int32))
+        for _ in range(2):
+            level.release(plan)
 
-    def drop(self, slots, level):
-        for slot in slots:
+    def forget(self, plan, level):
+        for slot in plan.held[plan.hits :].tolist():
             self.rows[slot] = None
-        level.drop(np.array(slots, np.int32))
+        for _ in range(2):
+            level.forget(plan)
 
     def compare(self, level):
         level.check()
@@ -102,13 +109,14 @@ def test_plans_keep_their_promises(policy, capacity):
         plan = level.plan(rows, num_reads)
         model.follow(rows, plan, num_reads, level)
         if random.random() < 0.1:
-            filled = plan.held[plan.hits :].tolist()
-            model.drop(filled[: len(filled) // 2 + 1], level)
+            model.forget(plan, level)
         while model.plans and random.random() < 0.6:
             model.release(int(random.integers(0, len(model.plans))), level)
         model.compare(level)
     while model.plans:
         model.release(0, level)
+    model.compare(level)
+    level.release(new_plan(5))
     model.compare(level)
     assert model.hits > 0
     assert not any(model.pins)
@@ -122,12 +130,12 @@ def test_direct_map_and_hashed_index_give_the_same_plans(policy, capacity):
     assert direct.table.dtype != hashed.table.dtype
     for rows in batches_of(1):
         plans = [level.plan(rows % (4 * capacity), 1) for level in (hashed, direct)]
-        for one, other in zip(*plans, strict=True):
-            assert np.array_equal(one, other)
+        assert parts(plans[0]) == parts(plans[1])
         for level, plan in zip((hashed, direct), plans, strict=True):
             level.slots["pending"] = 0
-            level.drop(plan.held[plan.hits :][::5])
-            level.unpin(plan.held)
+            for slot in plan.held[plan.hits :][::5].tolist():
+                drop(level.slots, level.table, slot)
+            level.release(plan)
     assert np.array_equal(hashed.slots, direct.slots)
     assert np.array_equal(hashed.counters, direct.counters)
 
@@ -140,10 +148,9 @@ def test_the_number_of_the_batch_wraps_around(policy):
             old.counters[BATCH] = 2**31 - 3
             old.seen[:] = 0
         plans = [level.plan(rows) for level in (young, old)]
-        for one, other in zip(*plans, strict=True):
-            assert np.array_equal(one, other)
+        assert parts(plans[0]) == parts(plans[1])
         for level, plan in zip((young, old), plans, strict=True):
-            level.unpin(plan.held)
+            level.release(plan)
             level.check()
     assert 0 < old.counters[BATCH] < young.counters[BATCH]
 
@@ -152,23 +159,23 @@ def test_a_stamp_of_before_the_wrap_does_not_count_as_used():
     level = level_of("lru", 4)
     rows = np.array([5, 6], np.int64)
     level.counters[BATCH] = 0
-    level.unpin(level.plan(rows).held)
+    level.release(level.plan(rows))
     level.counters[BATCH] = 2**31 - 1
     plan = level.plan(rows)
     assert level.counters[BATCH] == 1
     assert plan.hits == 2
-    level.unpin(plan.held)
+    level.release(plan)
 
 
 def test_a_resident_row_of_a_batch_is_not_evicted_by_the_batch():
     for policy in POLICIES:
         level = level_of(policy, 4, NUM_ROWS)
-        level.unpin(level.plan(np.arange(4)).held)
+        level.release(level.plan(np.arange(4)))
         resident = [row for row in range(4) if row in level.slots["key"]]
         plan = level.plan(np.append(np.arange(100, 200), np.array(resident, np.int64)))
         assert plan.hits == len(resident)
         assert level.slots["key"][plan.where[100:]].tolist() == resident
-        level.unpin(plan.held)
+        level.release(plan)
 
 
 def test_a_tier_whose_slots_are_all_pinned_keeps_nothing_more():
@@ -177,13 +184,13 @@ def test_a_tier_whose_slots_are_all_pinned_keeps_nothing_more():
         hot = options_of(policy, 5, zipf_trace(20_000, NUM_ROWS)).get("hot_rows", np.arange(5))
         first = level.plan(np.asarray(hot, np.int64))
         if level.counters[PINNED] < 5:
-            level.unpin(first.held)
+            level.release(first)
             continue
         second = level.plan(np.arange(NUM_ROWS)[::-1].copy())
         assert second.staged == second.misses.size == NUM_ROWS - 5
         assert (second.where[np.isin(np.arange(NUM_ROWS)[::-1], hot)] >= 0).all()
-        level.unpin(first.held)
-        level.unpin(second.held)
+        level.release(first)
+        level.release(second)
 
 
 def test_slots_whose_bytes_are_on_their_way_are_counted():
@@ -192,7 +199,7 @@ def test_slots_whose_bytes_are_on_their_way_are_counted():
     assert level.plan(np.array([3, 3, 9, 1]), 2).pending == 2
     level.slots["pending"][first.held[0]] = 0
     assert level.plan(np.array([1, 2]), 2).pending == 1
-    level.drop(first.held)
+    level.forget(first)
     assert level.plan(np.array([1, 2])).hits == 0
 
 
@@ -200,18 +207,18 @@ def test_slots_whose_bytes_are_on_their_way_are_counted():
 def test_rows_that_were_dropped_are_read_again(num_rows):
     level = level_of("sieve", 10, num_rows)
     first = level.plan(np.arange(10))
-    level.drop(first.held[[0, 4, 9]])
-    level.drop(first.held[[0]])
+    for position in (0, 4, 9, 0):
+        drop(level.slots, level.table, first.held[position])
     level.check()
     second = level.plan(np.arange(10))
     assert second.misses.tolist() == [0, 4, 9]
     assert second.staged == 3
-    level.unpin(first.held)
-    level.unpin(second.held)
+    level.release(first)
+    level.release(second)
     third = level.plan(np.arange(10))
     assert third.misses.tolist() == [0, 4, 9]
     assert third.staged == 0
-    level.unpin(third.held)
+    level.release(third)
 
 
 def test_replay_is_plan_after_plan():
@@ -222,7 +229,7 @@ def test_replay_is_plan_after_plan():
         for rows in batches:
             plan = planned.plan(rows)
             hits.append(plan.hits)
-            planned.unpin(plan.held)
+            planned.release(plan)
         offsets = np.append(0, np.cumsum([rows.size for rows in batches]))
         assert replayed.replay(np.concatenate(batches), offsets).tolist() == hits
         assert np.array_equal(replayed.counters, planned.counters)
@@ -260,7 +267,8 @@ def gathered(num_bytes, num_positions, skew):
     memory = np.full(num_positions * num_bytes + 256, 0xEE, np.uint8)
     begin = -memory.ctypes.data % 64 + skew
     end = begin + num_positions * num_bytes
-    tier.gather(where, staging, memory.ctypes.data + begin, num_bytes)
+    memories = host.Memories(0, 0, tier.address, staging.ctypes.data, stride)
+    host.gather_to(where, memories, memory.ctypes.data + begin, num_bytes)
     rows = np.where(where >= 0, where, capacity + ~where.astype(np.int64))
     expected = oracle(np.arange(capacity + staged), num_bytes)[rows]
     exact = np.array_equal(memory[begin:end].reshape(num_positions, num_bytes), expected)

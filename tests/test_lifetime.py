@@ -3,8 +3,6 @@
 import errno
 import os
 import shutil
-import subprocess
-import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,10 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stores import ENGINES, ENGRAM, KINDS, config_of, descriptors_of, is_exact, oracle_tensor, store_threads, write_rows
+from stores import (
+    ENGINES,
+    ENGRAM,
+    KINDS,
+    config_of,
+    descriptors_of,
+    in_process,
+    is_exact,
+    oracle_tensor,
+    store_threads,
+    write_rows,
+)
 
 from tiercache.errors import ClosedError, StorageError
-from tiercache.storage import files, uring
+from tiercache.storage import files, probe, uring
 from tiercache.storage.queue import stop
 from tiercache.store import Store
 from tiercache.testing import FaultySource, OracleSource
@@ -53,6 +62,32 @@ def test_io_uring_refused_is_told_once(file, monkeypatch, name):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+_ENTER_REFUSED = """
+import ctypes, struct, sys, warnings
+from stores import config_of, is_exact
+from tiercache import Store
+
+# A seccomp filter: io_uring_enter (426) fails with EPERM, everything else is allowed.
+words = [(0x20, 0, 0, 0), (0x15, 0, 1, 426), (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000)]
+program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *word) for word in words))
+filter = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(words), ctypes.addressof(program)))
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, filter, 0, 0) == 0
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    store = Store.open(config_of(sys.argv[1], engine=sys.argv[2]))
+with store:
+    assert is_exact(store, range(50))
+    print(len(told), store.stats().storage.engine, told[0].message)
+"""
+
+
+@pytest.mark.parametrize("name", ["uring", "auto"])
+def test_io_uring_whose_use_is_refused_is_told_once(file, name):
+    told = in_process(_ENTER_REFUSED, file, name)
+    assert told == "1 threads tiercache: io_uring is refused (Operation not permitted); reading with threads\n"
+
+
 @pytest.mark.parametrize("refused", [uring.SYS_IO_URING_SETUP, uring.SYS_IO_URING_REGISTER])
 def test_io_uring_of_an_older_kernel_or_with_little_locked_memory(file, monkeypatch, refused):
     calls = []
@@ -64,6 +99,7 @@ def test_io_uring_of_an_older_kernel_or_with_little_locked_memory(file, monkeypa
         return original(number, a, b, *rest)
 
     original = uring.syscall
+    Store.open(config_of(file, engine="uring")).close()  # so that `serve` is compiled with the original
     monkeypatch.setattr(uring, "syscall", syscall)
     with Store.open(config_of(file, engine="uring")) as store:
         assert refused in calls
@@ -143,6 +179,7 @@ def hold(monkeypatch, kind):
         close(engine)
 
     monkeypatch.setattr(kind, "start", lambda engine: None)
+    monkeypatch.setattr(probe, "_time", lambda *arguments: 1.0)
     monkeypatch.setattr(kind, "close", late)
 
 
@@ -211,20 +248,6 @@ def test_a_store_that_nobody_has_any_more_ends_its_threads(file, source, engine)
     assert source.num_closes == 1
     assert not store_threads()
     assert descriptors_of(file) == 0
-
-
-def in_process(code, *arguments):
-    """Run a program of its own; what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
 
 
 def test_a_process_that_ends_with_an_open_store(file, engine):

@@ -3,6 +3,7 @@
 from tiercache.config import HostConfig, StorageConfig, StoreConfig, TableConfig
 from tiercache.errors import ClosedError, ConfigError, FormatError, StorageError, TierCacheError
 from tiercache.flight import Ticket
+from tiercache.op import as_operator
 from tiercache.records import Field, Record
 from tiercache.source import Source
 from tiercache.stats import LevelStats, StorageStats, StoreStats
@@ -29,4 +30,5 @@ __all__ = [
     "Ticket",
     "TierCacheError",
     "__version__",
+    "as_operator",
 ]

@@ -133,6 +133,7 @@ def inspect(
         Path, typer.Argument(help="A .safetensors file, a .safetensors.index.json or the directory of a packed table.")
     ],
     field: Fields = None,
+    engine: Annotated[str, typer.Option(help="storage.engine, as in a config.")] = "auto",
 ) -> None:
     """Say what a table is, and how this machine would read it."""
     fields = tuple(field or ())
@@ -147,7 +148,11 @@ def inspect(
         ("checksums", f"of {info.page_bytes} B pages" if info.page_bytes else "none"),
         *((f"source {key}", value) for key, value in info.source.items()),
     ]
-    config = {"table": [{"path": path, "fields": fields}], "host": {"capacity": "1MiB"}}
+    config = {
+        "table": [{"path": path, "fields": fields}],
+        "host": {"capacity": "1MiB"},
+        "storage": {"engine": engine},
+    }
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning), Store.open(config) as store:
         storage = store.stats().storage
     if storage:

@@ -9,32 +9,45 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-    from tiercache.level import Plan
     from tiercache.request import Table
+    from tiercache.stack import StackPlan
     from tiercache.storage.reader import Job
     from tiercache.store import Store
+    from tiercache.tiers.device import Event
 
 
 class Flight:
-    """What one fetch holds until it has landed: pinned slots, a staging area, reads on their way.
+    """What one fetch holds until it has landed: room for its plan, pinned slots, a staging area, reads on their way.
 
+    `staged` is the number of rows of `staging` in use. `event` is behind the work of a device's streams that reads its slots.
+    `ended` is set when nobody waits for it any more.
     `borrowed` are slots (int32[b]) that other flights' reads are to fill, with the rows (int64[b]) wanted from them.
     """
 
-    __slots__ = ("borrowed", "borrowed_rows", "job", "plan", "released", "shape", "staging", "table")
+    __slots__ = (
+        "borrowed", "borrowed_rows", "ended", "event", "job", "plan", "shape", "staged", "staging", "table",
+    )  # fmt: skip
 
-    def __init__(self, table: "Table", shape: tuple[int, ...], plan: "Plan") -> None:
+    def __init__(self, table: "Table", shape: tuple[int, ...], plan: "StackPlan") -> None:
         self.table = table
         self.shape = shape
         self.plan = plan
         self.staging: npt.NDArray[np.uint8] = _NOTHING
+        self.staged = 0
         self.job: Job | None = None
         self.borrowed: npt.NDArray[np.int32] = _NO_SLOTS
         self.borrowed_rows: npt.NDArray[np.int64] = _NO_ROWS
-        self.released = False
+        self.event: Event | None = None
+        self.ended = False
 
     @property
     def done(self) -> bool:
+        """Whether its own reads have all landed or failed, and no stream reads its slots."""
+        event = self.event or self.plan.after
+        return self.brought and (event is None or event.done())
+
+    @property
+    def brought(self) -> bool:
         """Whether its own reads have all landed or failed."""
         return self.job is None or self.job.done
 
@@ -59,7 +72,7 @@ class Ticket:
     def done(self) -> bool:
         """Whether `take` would not wait for reads of its own."""
         flight = self._flight
-        return flight is None or flight.done
+        return flight is None or flight.brought
 
     def take(self, stream: Any = None, *, out: "torch.Tensor | None" = None, raw: bool = False) -> "torch.Tensor":
         """The rows, as `Store.fetch` returns them; waits for what has not arrived.
@@ -73,7 +86,11 @@ class Ticket:
         return self._store._take(self, flight, stream, out, raw)
 
     def cancel(self) -> None:
-        """Give the rows up: what has not been read yet is not read. Does nothing to a ticket that was taken."""
+        """Give the rows up: what has not been read yet is not read. Does nothing to a ticket that was taken.
+
+        ClosedError in a process forked since.
+        """
+        self._store._require_here()
         flight, self._flight = self._flight, None
         if flight is not None:
             if flight.job is not None:

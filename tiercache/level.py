@@ -1,8 +1,8 @@
 """A level: which rows are in which slots of one tier, and every decision about it. No bytes, no torch, no files.
 
-A batch is planned in two steps. `probe` finds what is resident, before anything changes; if that is all, no more is to do.
-Else it is pinned, so that no row of a batch is evicted by another row of the same batch, and `admit` takes the missing rows
-in first-seen order and asks the policy for a slot each. The policy is told of each distinct row of a batch once: the hits
+A batch is planned in two steps. `probe` finds what is resident, before anything changes. It is pinned, so that no row of a
+batch is evicted by another row of the same batch, and `admit` takes the missing rows in first-seen order and asks the policy
+for a slot each. The policy is told of each distinct row of a batch once: the hits
 first, then the misses. The simulator and the live store run these same functions.
 
 A row's place is one int32, the same everywhere: `slot >= 0`, or `~i` for row `i` of the batch's staging area, where rows
@@ -34,25 +34,66 @@ _AHEAD = 64
 _LAST_STAMP = 2**31 - 1
 
 
-class Plan(NamedTuple):
-    """Where each row of a batch is, and what must be read. Its slots are pinned until `Level.unpin`.
+PLAN_HITS, PLAN_MISSES, PLAN_STAGED, PLAN_PENDING, PLAN_HELD = range(5)
+"""Columns of a plan's `counts`."""
 
-    where   int32[n]  place of each position
-    misses  int64[m]  distinct rows to read, in first-seen order
-    fill    int32[m]  place each is read to
-    held    int32[h]  distinct slots pinned by this plan: those of its hits, then those it fills
-    hits    number of distinct rows that were resident
-    staged  number of rows of the staging area
-    pending number of hits whose bytes another plan's reads have yet to bring
+
+class Plan(NamedTuple):
+    """Where each row of a batch is, and what must be read. Its slots are pinned until `Level.release`.
+
+    A plan is room first, which one compiled call fills: so whatever interrupts the caller finds it done or not begun.
+
+    where       int32[n]  place of each position
+    all_misses  int64[n], all_fill int32[n], all_held int32[n]: room, of which the properties are the part in use
+    counts      int64[8]
     """
 
     where: npt.NDArray[np.int32]
-    misses: npt.NDArray[np.int64]
-    fill: npt.NDArray[np.int32]
-    held: npt.NDArray[np.int32]
-    hits: int
-    staged: int
-    pending: int
+    all_misses: npt.NDArray[np.int64]
+    all_fill: npt.NDArray[np.int32]
+    all_held: npt.NDArray[np.int32]
+    counts: npt.NDArray[np.int64]
+
+    @property
+    def misses(self) -> npt.NDArray[np.int64]:
+        """int64[m]: distinct rows to read, in first-seen order."""
+        return self.all_misses[: self.counts[PLAN_MISSES]]
+
+    @property
+    def fill(self) -> npt.NDArray[np.int32]:
+        """int32[m]: place each is read to."""
+        return self.all_fill[: self.counts[PLAN_MISSES]]
+
+    @property
+    def held(self) -> npt.NDArray[np.int32]:
+        """int32[h]: distinct slots pinned by this plan: those of its hits, then those it fills."""
+        return self.all_held[: self.counts[PLAN_HELD]]
+
+    @property
+    def hits(self) -> int:
+        """Number of distinct rows that were resident."""
+        return int(self.counts[PLAN_HITS])
+
+    @property
+    def staged(self) -> int:
+        """Number of rows of the staging area."""
+        return int(self.counts[PLAN_STAGED])
+
+    @property
+    def pending(self) -> int:
+        """Number of hits whose bytes another plan's reads have yet to bring."""
+        return int(self.counts[PLAN_PENDING])
+
+
+def new_plan(size: int) -> Plan:
+    """Room for the plan of a batch of `size` rows."""
+    return Plan(
+        np.empty(size, np.int32),
+        np.empty(size, np.int64),
+        np.empty(size, np.int32),
+        np.empty(size, np.int32),
+        np.zeros(8, np.int64),
+    )
 
 
 class Level:
@@ -80,37 +121,21 @@ class Level:
 
         `num_reads` is how many reads bring one record: a slot to fill is pending until they have.
         """
-        where, held, found = self.probe(rows)
-        return self.settle(rows, where, held, found, num_reads)
+        plan = new_plan(rows.size)
+        self.plan_into(plan, rows, num_reads)
+        return plan
 
-    def probe(
-        self, rows: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], tuple[int, int, int]]:
-        """Begin a batch: places, distinct slots, and the counts that the compiled `probe` returns."""
-        where, held = np.empty(rows.size, np.int32), np.empty(rows.size, np.int32)
-        found = probe(self.slots, self.table, self.seen, self.counters, self.state, rows, where, held)
-        return where, held, found
-
-    def settle(
-        self,
-        rows: npt.NDArray[np.int64],
-        where: npt.NDArray[np.int32],
-        held: npt.NDArray[np.int32],
-        found: tuple[int, int, int],
-        num_reads: int,
-    ) -> Plan:
-        """The plan of a batch that was probed: pins what is resident, admits what is missing."""
-        hits, missing, pending = found
-        pin(self.slots, self.counters, held[:hits])
-        if not missing:
-            return Plan(where, _NO_ROWS, _NO_PLACES, held[:hits], hits, 0, pending)
-        misses, fill = np.empty(missing, np.int64), np.empty(missing, np.int32)
-        if self.seen.size < 2 * missing:
-            self.seen = np.zeros(1 << (2 * missing).bit_length(), np.int64)
-        num_held, num_misses, staged = admit(
-            self.slots, self.table, self.seen, self.counters, self.state, rows, where, misses, fill, held, hits, num_reads
+    def plan_into(self, plan: Plan, rows: npt.NDArray[np.int64], num_reads: int, *, idly: bool = False) -> bool:
+        """`plan`, into new room. `idly`: True, and nothing is pinned, if every row is resident and its bytes are there."""
+        self.make_room(rows.size)
+        return bool(
+            plan_batch(self.slots, self.table, self.seen, self.counters, self.state, rows, plan, num_reads, idly)
         )
-        return Plan(where, misses[:num_misses], fill[:num_misses], held[:num_held], hits, staged, pending)
+
+    def make_room(self, size: int) -> None:
+        """Be ready for a batch of `size` rows."""
+        if self.seen.size < 2 * size:
+            self.seen = np.zeros(1 << (2 * size).bit_length(), np.int64)
 
     @property
     def nbytes(self) -> int:
@@ -120,23 +145,22 @@ class Level:
     def replay(self, rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Plan the batches rows[offsets[b] : offsets[b + 1]] one after the other; their distinct hits, int64[b]."""
         longest = int(np.diff(offsets).max(initial=0))
-        if self.seen.size < 2 * longest:
-            self.seen = np.zeros(1 << (2 * longest).bit_length(), np.int64)
-        where, held, fill = (np.empty(longest, np.int32) for _ in range(3))
-        misses, hits = np.empty(longest, np.int64), np.empty(offsets.size - 1, np.int64)
-        replay(
-            self.slots, self.table, self.seen, self.counters, self.state, rows, offsets, hits, where, held, misses, fill
-        )
+        self.make_room(longest)
+        hits = np.empty(offsets.size - 1, np.int64)
+        replay(self.slots, self.table, self.seen, self.counters, self.state, rows, offsets, hits, new_plan(longest))
         return hits
 
-    def unpin(self, held: npt.NDArray[np.int32]) -> None:
-        """Let go of the slots of a plan."""
-        unpin(self.slots, self.counters, held)
+    def release(self, plan: Plan) -> None:
+        """Let go of the slots of a plan. A second time, or for a plan that was never made, it does nothing."""
+        release(self.slots, self.counters, plan)
 
-    def drop(self, slots: npt.NDArray[np.int32]) -> None:
-        """Forget what these slots hold, pinned or not: their read failed."""
-        for slot in slots.tolist():
-            drop(self.slots, self.table, slot)
+    def arrived(self, plan: Plan) -> None:
+        """The slots that a plan fills wait for nothing any more."""
+        self.slots["pending"][plan.held[plan.hits :]] = 0
+
+    def forget(self, plan: Plan) -> None:
+        """Forget what the slots hold that a plan was to fill: a read failed."""
+        forget(self.slots, self.table, plan)
 
     def check(self) -> None:
         """Raise AssertionError where the books do not add up."""
@@ -153,8 +177,33 @@ def _nbytes(part: Any) -> int:
     return sum(_nbytes(inner) for inner in part) if isinstance(part, tuple) else int(part.nbytes)
 
 
-_NO_ROWS = np.empty(0, np.int64)
-_NO_PLACES = np.empty(0, np.int32)
+@lean
+def plan_batch(
+    slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, plan: Plan, num_reads: int, idly: bool
+) -> bool:
+    """Plan a batch; True if nothing was pinned, as every row was resident and `idly` said that this will do."""
+    missing = find_batch(slots, table, seen, counters, state, rows, plan, idly)
+    if missing > 0:
+        counts = plan.counts
+        counts[PLAN_HELD], counts[PLAN_MISSES], counts[PLAN_STAGED] = admit(
+            slots, table, seen, counters, state, rows, plan.where, plan.all_misses, plan.all_fill, plan.all_held,
+            counts[PLAN_HELD], num_reads,
+        )  # fmt: skip
+    return missing < 0
+
+
+@lean
+def find_batch(
+    slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, plan: Plan, idly: bool
+) -> int:
+    """Plan the hits of a batch: how many positions are missing, or -1 if nothing was pinned, which `idly` allows."""
+    num_held, missing, pending = probe(slots, table, seen, counters, state, rows, plan.where, plan.all_held)
+    plan.counts[PLAN_HITS], plan.counts[PLAN_PENDING] = num_held, pending
+    if idly and missing == 0 and pending == 0:
+        return int64(-1)
+    pin(slots, counters, plan.all_held[:num_held])
+    plan.counts[PLAN_HELD] = num_held
+    return missing
 
 
 @lean
@@ -238,7 +287,6 @@ def admit(
     `seen` (int64, a power of two at least twice the missing positions) tells a row's second sight within the batch; its
     entries carry the batch's number and so need no clearing. Returns (slots held, distinct misses, rows staged).
     """
-    keys, stamps, pins, pending = slots["key"], slots["stamp"], slots["pins"], slots["pending"]
     batch = counters[BATCH]
     mask = seen.size - 1
     num_misses = staged = 0
@@ -253,18 +301,8 @@ def admit(
             where[i] = fill[seen[at] & mask]
             continue
         seen[at] = (batch << 32) | num_misses
-        slot = int64(BYPASS)
-        if counters[PINNED] < keys.size:
-            slot = int64(on_miss(state, keys, pins, row))
+        slot = claim(slots, table, counters, state, row, num_reads)
         if slot >= 0:
-            if keys[slot] >= 0:
-                index.remove(table, keys[slot], slot)
-            keys[slot] = row
-            index.insert(table, row, slot)
-            stamps[slot] = batch
-            pins[slot] = 1
-            pending[slot] = num_reads
-            counters[PINNED] += 1
             held[num_held] = slot
             num_held += 1
         else:
@@ -277,6 +315,39 @@ def admit(
     counters[MISSES] += num_misses
     counters[BYPASSES] += staged
     return num_held, num_misses, staged
+
+
+@lean
+def claim(slots: Any, table: Any, counters: Any, state: Any, row: int, num_reads: int) -> int:
+    """A slot for a row that is absent, pinned, now the row's own and waiting for `num_reads` reads; or BYPASS."""
+    keys, pins = slots["key"], slots["pins"]
+    slot = int64(BYPASS)
+    if counters[PINNED] < keys.size:
+        slot = int64(on_miss(state, keys, pins, row))
+    if slot >= 0:
+        if keys[slot] >= 0:
+            index.remove(table, keys[slot], slot)
+        keys[slot] = row
+        index.insert(table, row, slot)
+        slots["stamp"][slot] = counters[BATCH]
+        pins[slot] = 1
+        slots["pending"][slot] = num_reads
+        counters[PINNED] += 1
+    return slot
+
+
+@lean
+def release(slots: Any, counters: Any, plan: Plan) -> None:
+    """Unpin the slots of a plan."""
+    unpin(slots, counters, plan.all_held[: plan.counts[PLAN_HELD]])
+    plan.counts[PLAN_HELD] = 0
+
+
+@lean
+def forget(slots: Any, table: Any, plan: Plan) -> None:
+    """Drop the slots that a plan was to fill."""
+    for i in range(plan.counts[PLAN_HITS], plan.counts[PLAN_HELD]):
+        drop(slots, table, plan.all_held[i])
 
 
 @lean
@@ -304,36 +375,20 @@ def drop(slots: Any, table: Any, slot: int) -> None:
 
 @lean
 def replay(
-    slots: Any,
-    table: Any,
-    seen: Any,
-    counters: Any,
-    state: Any,
-    rows: Any,
-    offsets: Any,
-    batch_hits: Any,
-    where: Any,
-    held: Any,
-    misses: Any,
-    fill: Any,
+    slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, offsets: Any, batch_hits: Any, plan: Plan
 ) -> None:
     """Plan batch after batch of a trace: rows int64[n], offsets int64[b + 1], batch_hits int64[b] (distinct, written).
 
-    where, held, misses and fill are room for the longest batch, as in a Plan.
+    plan: room for the longest batch.
     """
     for b in range(offsets.size - 1):
         batch = rows[offsets[b] : offsets[b + 1]]
         if batch.size <= 4 and offsets[b + 1] + 16 < rows.size:
             for i in range(offsets[b], offsets[b + 1]):
                 prefetch(index.address(table, rows[i + 16]))
-        num_held, missing, _ = probe(slots, table, seen, counters, state, batch, where, held)
-        batch_hits[b] = num_held
-        if missing:
-            pin(slots, counters, held[:num_held])
-            num_held, _, _ = admit(
-                slots, table, seen, counters, state, batch, where, misses, fill, held, num_held, 0
-            )
-            unpin(slots, counters, held[:num_held])
+        plan_batch(slots, table, seen, counters, state, batch, plan, 0, True)
+        batch_hits[b] = plan.counts[PLAN_HITS]
+        release(slots, counters, plan)
 
 
 @lean

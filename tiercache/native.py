@@ -8,6 +8,7 @@ therefore can be cached on disk. Addresses are int64.
 import ctypes
 import hashlib
 import platform
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -39,9 +40,10 @@ _STAMP = _fingerprint()
 def jit(function: _Function) -> _Function:
     """`numba.njit(nogil=True, cache=True)` whose cache entry is valid only for exactly these sources of the package.
 
-    Numba itself looks at the file of the function alone, and would go on using a cached caller of a changed callee.
+    Numba itself looks at the file of the function alone, and would go on using a cached caller of a changed callee. Where no
+    directory can be written, nothing is cached, which a RuntimeWarning tells once.
     """
-    return _stamped(njit(nogil=True, cache=True)(function))
+    return _compiled(function)
 
 
 def lean(function: _Function) -> _Function:
@@ -50,7 +52,29 @@ def lean(function: _Function) -> _Function:
     Otherwise each call counts each array of its arguments up and down, atomically: several times the work of a policy. It
     pays only if the callers in the inner loop are lean too.
     """
-    return _stamped(njit(nogil=True, cache=True, _nrt=False)(function))
+    return _compiled(function, _nrt=False)
+
+
+def _compiled(function: _Function, **options: Any) -> _Function:
+    if not _caching:
+        return cast("_Function", njit(nogil=True, **options)(function))
+    try:
+        return _stamped(njit(nogil=True, cache=True, **options)(function))
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+    _caching.clear()
+    warnings.warn(
+        "tiercache: compiled code cannot be kept, as neither the package's directory nor a cache directory can be written; "
+        "each process compiles for about 20 s. NUMBA_CACHE_DIR names a directory to keep it in",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return _compiled(function, **options)
+
+
+_caching = [True]
+"""Empty once it has shown that nothing can be cached."""
 
 
 class _CacheIndex(IndexDataCacheFile):  # type: ignore[misc]

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from tiercache.native import jit
 from tiercache.records import Record
@@ -24,14 +26,11 @@ class Table(NamedTuple):
     """Whether a record's bytes are its decoded row."""
 
 
-def rows_of(indices: Any, table: Table) -> tuple[npt.NDArray[np.int64], tuple[int, ...]]:
+def rows_of(indices: Any, table: Table, device: torch.device) -> tuple[npt.NDArray[np.int64], tuple[int, ...]]:
     """(rows of the store int64[n], shape asked for). TypeError for what is not integers, IndexError for the first bad row."""
     if isinstance(indices, torch.Tensor):
-        if indices.device.type != "cpu":
-            raise TypeError(f"indices are on {indices.device}; a store without a device tier takes them on the CPU")
-        if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
-            raise TypeError(f"indices are {indices.dtype}; row numbers are integers")
-        array = indices.numpy()
+        check_tensor(with_values(indices, "indices"), device)
+        array = indices.cpu().numpy()
     else:
         array = np.asarray(indices)
         if array.size == 0 and not isinstance(indices, np.ndarray):
@@ -52,9 +51,30 @@ def rows_of(indices: Any, table: Table) -> tuple[npt.NDArray[np.int64], tuple[in
     return rows, shape
 
 
+def check_tensor(indices: torch.Tensor, device: torch.device) -> None:
+    """TypeError for indices on a device or of a dtype that a store on `device` does not take. Needs no values."""
+    if indices.device.type not in ("cpu", device.type):
+        raise TypeError(f"indices are on {indices.device}; this store takes them on the CPU{_or(device)}")
+    if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
+        raise TypeError(f"indices are {indices.dtype}; row numbers are integers")
+
+
+def with_values(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """The tensor. TypeError where it only stands for one, as in a trace, and has no memory of its own."""
+    if type(tensor) is torch.Tensor:
+        if not tensor.is_meta and not torch._is_functional_tensor(tensor):
+            return tensor
+        kind = "on meta" if tensor.is_meta else "a tensor of torch.func.functionalize"
+    elif isinstance(tensor, FakeTensor | FunctionalTensor):
+        kind = f"a {type(tensor).__name__}"
+    else:
+        return tensor
+    raise TypeError(f"{name} have no values: {kind}; code that is traced calls tiercache.as_operator(store) instead")
+
+
 @jit
 def _localise(indices: Any, base: int, num_rows: int, rows: Any) -> int:
-    """rows[i] = base + indices[i]; the first position that is out of range, or -1."""
+    """rows[i] = base + indices[i]; the first position that is out of range, or -1. Reads each index once: it may change."""
     sign = np.int64(0)
     for i in range(indices.size):
         row = np.int64(indices[i])
@@ -62,26 +82,31 @@ def _localise(indices: Any, base: int, num_rows: int, rows: Any) -> int:
         sign |= row | (num_rows - 1 - row)
     if sign < 0:
         for i in range(indices.size):
-            row = np.int64(indices[i])
+            row = rows[i] - base
             if row < 0 or row >= num_rows:
                 return i
     return -1
 
 
-def output(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The tensor to write to: `out`, if it fits, or a new one. TypeError or ValueError where it does not fit."""
-    if out is None:
-        return torch.empty(shape, dtype=dtype)
+def checked(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`out`, if rows can be written to it. TypeError or ValueError where it does not fit."""
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"out is a {type(out).__name__}, not a torch.Tensor")
     if out.dtype != dtype:
         raise TypeError(f"out is {out.dtype}; these rows are {dtype}")
-    if out.device.type != "cpu":
-        raise TypeError(f"out is on {out.device}; a store without a device tier writes to the CPU")
+    if out.device != device:
+        raise TypeError(f"out is on {out.device}; this store writes to {device}")
+    with_values(out, "rows of out")
     if out.shape != shape:
         raise ValueError(f"out has shape {tuple(out.shape)}; these rows have {shape}")
     if not out.is_contiguous():
         raise ValueError("out is not contiguous")
     if out.requires_grad:
         raise ValueError("out requires a gradient; rows are not differentiable")
+    if out.is_neg() or out._is_zerotensor() or (out.numel() and out.data_ptr() == 0):
+        raise ValueError("out has no memory of its own that rows could be written to")
     return out
+
+
+def _or(device: torch.device) -> str:
+    return "" if device.type == "cpu" else f" or on {device}"

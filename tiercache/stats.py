@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class LevelStats(NamedTuple):
-    """One tier. Counts are of distinct rows of each batch.
+    """One tier. Counts are of distinct rows of each batch; a tier is asked for what the one above it has not.
 
     policy             name of its policy
     capacity_slots     records that it has room for; never more than the tables have rows
@@ -62,6 +62,7 @@ class StoreStats(NamedTuple):
     flights  fetches and tickets that have not let go of their rows yet
     host     the tier in host memory
     storage  the disk; None where every table is a source
+    device   the tier above the host's, on a device; None without one
     """
 
     fetches: int
@@ -69,3 +70,4 @@ class StoreStats(NamedTuple):
     flights: int
     host: LevelStats
     storage: StorageStats | None
+    device: LevelStats | None = None

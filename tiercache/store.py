@@ -7,10 +7,9 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from numbers import Real
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tiercache.config import HostConfig, StoreConfig
+from tiercache.config import StoreConfig, TierConfig
 from tiercache.errors import ClosedError, ConfigError, StorageError
 from tiercache.flight import Flight, Ticket
-from tiercache.level import BYPASSES, HITS, MAX_PINS, MISSES, PINNED, SLOT, Level, Plan, pending_of
+from tiercache.graph import StaticFetch
+from tiercache.level import BYPASSES, HITS, MAX_PINS, MISSES, PINNED, SLOT, Level, pending_of
 from tiercache.policies import POLICIES
-from tiercache.request import Table, output, rows_of
+from tiercache.request import Table, checked, rows_of, with_values
 from tiercache.source import Source
 from tiercache.stats import LevelStats, StoreStats
 from tiercache.storage import open_table
@@ -33,10 +33,15 @@ from tiercache.storage.memory import read_rows, sources_of
 from tiercache.storage.reader import Reader, SourceReader
 from tiercache.storage.reads import Targets
 from tiercache.storage.table import FileTable
+from tiercache.tiers import DeviceTier, open_device_tier
+from tiercache.tiers.device import Device, StreamTier
 from tiercache.tiers.host import HostTier
 
 _PATIENCE_NS = 100_000_000
 """When a prefetch without a deadline is due, in ns from now: behind every fetch, before prefetches for later."""
+
+_REAPED_AT_ONCE = 16
+"""Abandoned flights that a call looks after."""
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PENDING = SLOT.fields["pending"][1]  # type: ignore[index]
@@ -49,19 +54,35 @@ class Store:
     """
 
     def __init__(
-        self, config: StoreConfig, tables: Mapping[str, FileTable | Source], options: Mapping[str, Any]
+        self,
+        config: StoreConfig,
+        tables: Mapping[str, FileTable | Source],
+        options: Mapping[str, Mapping[str, Any]],
+        device: Device | None = None,
     ) -> None:
-        """For `open`; tables are described and not yet open."""
+        """For `open`; tables are described and not yet open. options: of each tier's policy. device: for the config's."""
         self.config = config
         self._process = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._closed = False
-        self._fetches = self._rows = self._flights = 0
+        self._fetches = self._rows = 0
+        self._flights: set[Flight] = set()
         self._abandoned: deque[Flight] = deque()
-        self._stride = -(-max(table.record.record_bytes for table in tables.values()) // 8) * 8
+        unit = 8 if config.device is None else 16
+        self._stride = -(-max(table.record.record_bytes for table in tables.values()) // unit) * unit
         num_rows = sum(table.num_rows for table in tables.values())
-        capacity = _capacity(config.host, self._stride, num_rows)
-        self._host = HostTier(_level(config.host.policy, capacity, options, num_rows), self._stride)
+        self._host = HostTier(_level("host", config.host, options, self._stride, num_rows), self._stride)
+        self._device: DeviceTier | None = None
+        if config.device is not None:
+            level = _level("device", config.device, options, self._stride, num_rows)
+            most = config.device.promotion // self._stride
+            if not most:
+                raise ConfigError(
+                    f"device.promotion = {config.device.promotion}: holds no row of {self._stride} bytes; "
+                    f"allowed are {self._stride} bytes or more"
+                )
+            self._device = open_device_tier(config.device.device, level, self._host, most, device)
+        self._top = self._device or self._host
         on_disk = [table for table in tables.values() if isinstance(table, FileTable)]
         self._disk = (
             Disk(
@@ -74,10 +95,15 @@ class Store:
             if on_disk
             else None
         )
-        self._queue = self._disk.engine.queue if self._disk else q.new_queue()
         self._sources: list[SourceReader] = []
-        self._tables = self._open_readers(tables)
-        self._finalizer = weakref.finalize(self, _end, self._process, self._disk, self._sources)
+        try:
+            self._queue = self._disk.engine.queue if self._disk else q.new_queue()
+            self._tables = self._open_readers(tables)
+        except BaseException:
+            if self._disk:
+                self._disk.close()
+            raise
+        self._finalizer = weakref.finalize(self, _end, self._process, self._disk, self._sources, self._top)
 
     @classmethod
     def open(
@@ -106,9 +132,9 @@ class Store:
             described[name] = table
         if not described:
             raise ConfigError("table: is required; a store needs at least one table")
-        options: dict[str, Any] = dict(settings.host.policy_options)
-        if (path := settings.host.hot_set) is not None:
-            options["hot_rows"] = _hot_rows(path, sum(table.num_rows for table in described.values()))
+        num_rows = sum(table.num_rows for table in described.values())
+        tiers = {"host": settings.host, "device": settings.device}
+        options = {name: _options(name, tier, num_rows) for name, tier in tiers.items() if tier is not None}
         store = cls(settings, described, options)
         for note in store._disk.notes if store._disk else ():
             warnings.warn(f"tiercache: {note}", RuntimeWarning, stacklevel=2)
@@ -156,7 +182,7 @@ class Store:
     def fetch(
         self,
         indices: Any,
-        stream: None = None,
+        stream: Any = None,
         *,
         out: torch.Tensor | None = None,
         table: str | None = None,
@@ -166,28 +192,31 @@ class Store:
 
         indices: integer tensor or array of any shape, or numbers; rows of `table`, which may be left out where there is
         one. Returns dtype[*indices.shape, dim], or uint8[*indices.shape, record_bytes] with `raw`; written to `out` where
-        that is given. `stream` is for stores with a device tier, and None here.
+        that is given. With a device tier the rows are on its device, ready on `stream` (None: the current one) like the
+        result of any operator; without streams, it must be None. Indices on the device cost one synchronisation with it.
 
         Raises IndexError for a row out of range (the first one is named), TypeError and ValueError for indices or an
         output that do not fit, KeyError for an unknown table; then nothing has changed. StorageError where rows could
         not be read: none of this call's are kept, and the next fetch works. ClosedError after `close`.
         """
         wanted = self._table(table)
-        rows, shape = rows_of(indices, wanted)
-        result = self._output(wanted, shape, stream, out, raw)
-        verbatim = raw or wanted.verbatim
-        records = result if verbatim else torch.empty((rows.size, wanted.record.record_bytes), dtype=torch.uint8)
-        with self._entered():
-            plan = self._host.fetch(rows, wanted.reader.num_reads, records.data_ptr(), wanted.record.record_bytes)
-            self._fetches += 1
-            self._rows += rows.size
-            flight = None if plan is None else self._hold(wanted, shape, plan)
-        if flight is not None:
-            self._read(flight, 0)
-            self._finish(flight, records)
-        if not verbatim:
-            wanted.record.decode_to(records, result.view(-1, wanted.record.dim))
-        return result
+        rows, shape = rows_of(indices, wanted, self._top.torch_device)
+        result, records = self._outputs(wanted, shape, rows.size, stream, out, raw)
+        flight = Flight(wanted, shape, self._top.room(rows.size))
+        self._require_here()
+        try:
+            with self._lock:
+                self._enter(flight)
+                reads, num_bytes = wanted.reader.num_reads, wanted.record.record_bytes
+                served = self._top.serve(flight.plan, rows, reads, records, num_bytes)
+                self._begin(flight, served=served)
+            if not served:
+                self._read(flight, 0)
+                self._finish(flight, records, stream)
+        except BaseException:
+            self._give_up(flight)
+            raise
+        return self._decoded(wanted, records, result)
 
     def prefetch(self, indices: Any, *, deadline: float | None = None, table: str | None = None) -> Ticket:
         """Begin to bring rows into the tier, and return without waiting for the reads.
@@ -201,39 +230,51 @@ class Store:
         wanted = self._table(table)
         if deadline is not None and not (isinstance(deadline, Real) and deadline >= 0):
             raise ValueError(f"deadline = {deadline!r}: allowed are seconds from now, 0 or more")
-        rows, shape = rows_of(indices, wanted)
+        rows, shape = rows_of(indices, wanted, self._top.torch_device)
         due = time.monotonic_ns() + (_PATIENCE_NS if deadline is None else int(min(deadline, 1e9) * 1e9))
-        with self._entered():
-            plan = self._host.level.plan(rows, wanted.reader.num_reads)
-            self._fetches += 1
-            self._rows += rows.size
-            flight = self._hold(wanted, shape, plan)
-        self._read(flight, due)
-        return Ticket(self, flight, self._abandoned.append)
+        flight = Flight(wanted, shape, self._top.room(rows.size))
+        self._require_here()
+        try:
+            with self._lock:
+                self._enter(flight)
+                self._top.plan(flight.plan, rows, wanted.reader.num_reads)
+                self._begin(flight)
+            self._read(flight, due)
+            return Ticket(self, flight, self._abandoned.append)
+        except BaseException:
+            self._give_up(flight)
+            raise
+
+    def static_fetch(
+        self,
+        shape: tuple[int, ...],
+        *,
+        out: torch.Tensor | None = None,
+        table: str | None = None,
+        raw: bool = False,
+    ) -> StaticFetch:
+        """A fetch of indices of one shape, again and again, whose gather can be captured in a CUDA graph.
+
+        Needs a device tier with streams: ValueError without one. The other arguments and errors are those of `fetch`.
+        """
+        wanted = self._table(table)
+        if not isinstance(self._device, StreamTier):
+            raise ValueError("static_fetch: needs a device tier with streams; a store on the CPU has none")
+        result, _ = self._outputs(wanted, shape, 0, None, out, raw)
+        return StaticFetch(self, self._device, wanted, shape, result)
 
     def stats(self) -> StoreStats:
         """Counts since open, and what serves."""
         self._require_here()
         with self._lock:
             self._require_open()
-            level, counters = self._host.level, self._host.level.counters
-            host = LevelStats(
-                policy=level.policy.name,
-                capacity_slots=level.capacity,
-                capacity_bytes=self._host.buffer.slots.nbytes,
-                bookkeeping_bytes=level.nbytes,
-                used_slots=int(np.count_nonzero(level.slots["key"] >= 0)),
-                pinned_slots=int(counters[PINNED]),
-                hits=int(counters[HITS]),
-                misses=int(counters[MISSES]),
-                bypasses=int(counters[BYPASSES]),
-            )
             return StoreStats(
                 fetches=self._fetches,
                 rows=self._rows,
-                flights=self._flights,
-                host=host,
+                flights=len(self._flights),
+                host=_stats(self._host),
                 storage=self._disk.stats() if self._disk else None,
+                device=None if self._device is None else _stats(self._device),
             )
 
     def check(self) -> None:
@@ -242,11 +283,12 @@ class Store:
         with self._lock:
             if self._closed:
                 return
-            self._reap()
-            self._host.level.check()
-            if self._flights == 0:
-                assert self._host.level.counters[PINNED] == 0, "slots are pinned and nothing is in flight"
-                assert not self._host.level.slots["pending"].any(), "slots are pending and nothing is in flight"
+            self._reap(len(self._abandoned))
+            for tier in {self._host, self._top}:
+                tier.level.check()
+                if not self._flights:
+                    assert tier.level.counters[PINNED] == 0, "slots are pinned and nothing is in flight"
+                    assert not tier.level.slots["pending"].any(), "slots are pending and nothing is in flight"
 
     def close(self) -> None:
         """End everything that `open` began: reads in flight land, the others are given up. A second close does nothing.
@@ -285,49 +327,61 @@ class Store:
         if self._closed:
             raise ClosedError("the store is closed")
 
-    def _output(
-        self, table: Table, shape: tuple[int, ...], stream: None, out: torch.Tensor | None, raw: bool
-    ) -> torch.Tensor:
-        if stream is not None:
-            raise ValueError(f"stream = {stream!r}: a store without a device tier has no streams; allowed is None")
-        if raw:
-            return output(out, (*shape, table.record.record_bytes), torch.uint8)
-        return output(out, (*shape, table.record.dim), table.dtype)
+    def _outputs(
+        self, table: Table, shape: tuple[int, ...], size: int, stream: Any, out: torch.Tensor | None, raw: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what is returned, what a gather writes): the same, or records to be decoded."""
+        if stream is not None and not self._top.decodes:
+            raise ValueError(f"stream = {stream!r}: a store on the CPU has no streams; allowed is None")
+        row_shape = (*shape, table.record.record_bytes if raw else table.record.dim)
+        dtype = torch.uint8 if raw else table.dtype
+        if out is None:
+            result = with_values(self._top.empty(row_shape, dtype, stream), "rows")
+        else:
+            result = checked(out, row_shape, dtype, self._top.torch_device)
+        if raw or table.verbatim or self._top.decodes:
+            return result, result
+        records = torch.empty((size, table.record.record_bytes), dtype=torch.uint8, device="cpu")
+        return result, with_values(records, "rows")
 
-    @contextmanager
-    def _entered(self) -> Iterator[None]:
-        """The lock of a store that serves this process and has room for a flight."""
-        self._require_here()
-        with self._lock:
-            self._require_open()
-            if self._abandoned:
-                self._reap()
-            if self._flights >= MAX_PINS:
-                raise RuntimeError(f"{self._flights} tickets are in flight; take, cancel or drop some")
-            yield
+    def _decoded(self, table: Table, records: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """The result, with the records decoded into it unless they are it."""
+        if records is not result:
+            table.record.decode_to(records, result.view(-1, table.record.dim))
+        return result
 
-    def _hold(self, table: Table, shape: tuple[int, ...], plan: Plan) -> Flight:
-        """A flight of what was planned. Under the lock."""
-        flight = Flight(table, shape, plan)
-        self._flights += 1
-        if plan.pending:
+    def _enter(self, flight: Flight) -> None:
+        """A flight begins, if the store serves and has room for it; the store knows it from now on. Under the lock."""
+        self._require_open()
+        if self._abandoned:
+            self._reap(_REAPED_AT_ONCE)
+        if len(self._flights) >= MAX_PINS:
+            raise RuntimeError(f"{len(self._flights)} tickets are in flight; take, cancel or drop some")
+        self._flights.add(flight)
+
+    def _begin(self, flight: Flight, *, served: bool = False) -> None:
+        """A flight was planned: count it, and see which slots it waits for that other flights' reads fill. Under the lock."""
+        self._fetches += 1
+        self._rows += flight.plan.where.size
+        if served:
+            self._flights.discard(flight)
+            return
+        below = flight.plan.below
+        if below.pending:
             level = self._host.level
-            borrowed = np.empty(plan.pending, np.int32)
-            flight.borrowed = borrowed[: pending_of(level.slots, plan.held[: plan.hits], borrowed)]
+            borrowed = np.empty(below.pending, np.int32)
+            flight.borrowed = borrowed[: pending_of(level.slots, below.held[: below.hits], borrowed)]
             flight.borrowed_rows = level.slots["key"][flight.borrowed]
-        return flight
 
     def _read(self, flight: Flight, due_ns: int) -> None:
         """Begin a flight's reads."""
-        table, plan = flight.table, flight.plan
+        plan = flight.plan.below
         if not plan.misses.size and not flight.borrowed.size:
             return
-        flight.staging = np.empty((plan.staged, self._stride), np.uint8)
-        try:
-            flight.job = self._submit(flight, plan.misses, plan.fill, flight.borrowed_rows, due_ns)
-        except (OSError, RuntimeError) as error:
-            self._release(flight, failed=True)
-            raise self._closed_or(error, table) from error
+        if plan.staged > len(flight.staging):
+            flight.staging = self._top.staging(plan.staged)
+        flight.staged = plan.staged
+        flight.job = self._submit(flight, plan.misses, plan.fill, flight.borrowed_rows, due_ns)
 
     def _submit(
         self,
@@ -347,7 +401,11 @@ class Store:
             SLOT.itemsize,
         )
         base = flight.table.base
-        return flight.table.reader.submit(rows - base, places, wanted - base, targets, due_ns)
+        alive = slots, entries, flight.staging
+        try:
+            return flight.table.reader.submit(rows - base, places, wanted - base, targets, due_ns, alive)
+        except (OSError, RuntimeError) as error:
+            raise self._closed_or(error, flight.table) from error
 
     def _closed_or(self, error: OSError | RuntimeError, table: Table) -> Exception:
         if self._closed:
@@ -356,35 +414,28 @@ class Store:
             return StorageError(error.errno or errno.EIO, f"reads of table {table.name!r} cannot be begun: {error}")
         return error
 
-    def _take(self, ticket: Ticket, flight: Flight, stream: None, out: torch.Tensor | None, raw: bool) -> torch.Tensor:
+    def _take(self, ticket: Ticket, flight: Flight, stream: Any, out: torch.Tensor | None, raw: bool) -> torch.Tensor:
         """For `Ticket.take`."""
-        result = self._output(flight.table, flight.shape, stream, out, raw)
+        table = flight.table
+        result, records = self._outputs(table, flight.shape, flight.plan.where.size, stream, out, raw)
         if ticket._claim() is not flight:
             raise RuntimeError("this ticket was taken or cancelled before")
-        self._require_here()
-        if self._closed:
-            self._abandoned.append(flight)
-            self._require_open()
-        record = flight.table.record
-        if raw or flight.table.verbatim:
-            self._finish(flight, result)
-        else:
-            records = torch.empty((flight.plan.where.size, record.record_bytes), dtype=torch.uint8)
-            self._finish(flight, records)
-            record.decode_to(records, result.view(-1, record.dim))
-        return result
-
-    def _finish(self, flight: Flight, records: torch.Tensor) -> None:
-        """Wait for a flight's rows, write their records, let go of it."""
         try:
-            if flight.job is not None:
-                self._await(flight)
-            num_bytes = flight.table.record.record_bytes
-            self._host.gather(flight.plan.where, flight.staging, records.data_ptr(), num_bytes)
-            self._release(flight)
-        finally:
-            if not flight.released:
-                self._abandoned.append(flight)
+            self._require_here()
+            self._require_open()
+            self._finish(flight, records, stream)
+        except BaseException:
+            self._give_up(flight)
+            raise
+        return self._decoded(table, records, result)
+
+    def _finish(self, flight: Flight, records: torch.Tensor, stream: Any) -> None:
+        """Wait for a flight's rows, write them, let go of it."""
+        if flight.job is not None:
+            self._await(flight)
+        flight.event = self._top.gather(flight.plan, flight.staging, records, flight.table.record, stream)
+        with self._lock:
+            self._end(flight)
 
     def _await(self, flight: Flight) -> None:
         """Wait until every row of a flight has arrived. Rows that another flight failed to bring are read again."""
@@ -405,90 +456,141 @@ class Store:
 
     def _read_again(self, flight: Flight, slots: npt.NDArray[np.int32], rows: npt.NDArray[np.int64]) -> None:
         """Read rows that were to come into these slots to the staging area instead."""
-        where, staged = flight.plan.where, len(flight.staging)
-        flight.staging = np.concatenate([flight.staging, np.empty((rows.size, self._stride), np.uint8)])
-        places = ~np.arange(staged, staged + rows.size, dtype=np.int32)
-        try:
-            flight.job = self._submit(flight, rows, places, _NO_ROWS, 0)
-        except (OSError, RuntimeError) as error:
-            raise self._closed_or(error, flight.table) from error
+        where, old, begin = flight.plan.where, flight.staging, flight.staged
+        flight.staged += rows.size
+        if flight.staged > len(old):
+            flight.staging = self._top.staging(flight.staged)
+            flight.staging[:begin] = old[:begin] if begin else 0
+        places = ~np.arange(begin, flight.staged, dtype=np.int32)
+        flight.job = self._submit(flight, rows, places, _NO_ROWS, 0)
         flight.job.wait()
         self._raise_error(flight, flight.job)
+        above = 0 if self._device is None else self._device.level.capacity
         for slot, place in zip(slots.tolist(), places.tolist(), strict=True):
-            where[where == slot] = place
+            where[where == above + slot] = place
+
+    def _load(self, flight: Flight, rows: npt.NDArray[np.int64]) -> None:
+        """For a StaticFetch, which gives the flight up where this raises: bring its rows to its places, and hold them."""
+        self._require_here()
+        with self._lock:
+            self._enter(flight)
+            self._top.plan(flight.plan, rows, flight.table.reader.num_reads)
+            self._begin(flight)
+        self._read(flight, 0)
+        if flight.job is not None:
+            self._await(flight)
+
+    def _retire(self, flight: Flight) -> None:
+        """For a StaticFetch: let go of a flight once its event is done."""
+        with self._lock:
+            self._end(flight)
 
     def _raise_error(self, flight: Flight, job: Any) -> None:
-        """StorageError where a job failed, ClosedError where it did because of `close`; the flight is let go of then."""
+        """StorageError where a job failed, ClosedError where it did because of `close`."""
         try:
             flight.table.reader.raise_error(job)
-        except BaseException as error:
-            self._release(flight, failed=True)
-            if self._closed and isinstance(error, OSError):
+        except OSError as error:
+            if self._closed:
                 raise ClosedError("the store was closed before the rows had been read") from error
             raise
 
-    def _release(self, flight: Flight, *, failed: bool = False) -> None:
-        with self._lock:
-            self._let_go(flight, failed)
-
-    def _let_go(self, flight: Flight, failed: bool) -> None:
-        """Unpin a flight's slots; forget those that it was to fill if it failed. Under the lock."""
-        if flight.released:
+    def _give_up(self, flight: Flight) -> None:
+        """End a flight that failed or was interrupted, planned or not. What it was to fill and was not brought is forgotten."""
+        if self._process != os.getpid():
             return
-        flight.released = True
-        plan = flight.plan
-        if failed:
-            self._host.level.drop(plan.held[plan.hits :])
-        self._host.level.unpin(plan.held)
-        self._flights -= 1
+        with self._lock:
+            if flight.brought:
+                self._host.level.forget(flight.plan.below)
+                self._end(flight)
+            else:
+                self._abandoned.append(flight)
+        if flight.job is not None:
+            flight.job.cancel()
 
-    def _reap(self) -> None:
-        """Let go of flights that nobody waits for and whose reads are done. Under the lock."""
-        for _ in range(len(self._abandoned)):
+    def _end(self, flight: Flight) -> None:
+        """Nobody waits for a flight any more: let go of it once no read and no stream touches its slots. Under the lock."""
+        flight.ended = True
+        if flight.done:
+            self._let_go(flight)
+        else:
+            self._abandoned.append(flight)
+
+    def _let_go(self, flight: Flight) -> None:
+        """Unpin a flight's slots. Under the lock."""
+        self._top.release(flight.plan)
+        self._flights.discard(flight)
+
+    def _reap(self, most: int) -> None:
+        """Let go of flights that nobody waits for, and whose reads and gathers are done; looks at `most`. Under the lock."""
+        for _ in range(min(most, len(self._abandoned))):
             flight = self._abandoned.popleft()
             if not flight.done:
                 self._abandoned.append(flight)
-            else:
-                self._let_go(flight, flight.job is not None and not flight.table.reader.brought(flight.job))
+                continue
+            if not flight.ended and flight.job is not None and not flight.table.reader.brought(flight.job):
+                self._host.level.forget(flight.plan.below)
+            self._let_go(flight)
 
 
-def _level(policy: str, capacity: int, options: Mapping[str, Any], num_rows: int) -> Level:
-    """The books of the host tier. ConfigError where the policy does not take these parameters."""
+def _level(
+    tier: str, config: TierConfig, options: Mapping[str, Mapping[str, Any]], stride: int, num_rows: int
+) -> Level:
+    """The books of a tier: as many slots as fit its bytes, and never more than there are rows.
+
+    ConfigError where not one fits, or the policy does not take these parameters.
+    """
+    if config.capacity < stride:
+        raise ConfigError(
+            f"{tier}.capacity = {config.capacity}: holds no row of {stride} bytes; allowed are {stride} bytes or more"
+        )
+    capacity = min(config.capacity // stride, num_rows, 2**30)
     try:
-        return Level(POLICIES[policy], capacity, options, num_rows)
+        return Level(POLICIES[config.policy], capacity, options[tier], num_rows)
     except (TypeError, ValueError) as error:
-        given = {name: value for name, value in options.items() if not isinstance(value, np.ndarray)}
-        takes = ", ".join(POLICIES[policy].parameters) or "no options"
-        message = f"host.policy_options = {given}: policy {policy!r} refuses them: {error}; it takes {takes}"
+        given = {name: value for name, value in options[tier].items() if not isinstance(value, np.ndarray)}
+        takes = ", ".join(POLICIES[config.policy].parameters) or "no options"
+        message = f"{tier}.policy_options = {given}: policy {config.policy!r} refuses them: {error}; it takes {takes}"
         raise ConfigError(message) from error
 
 
-def _hot_rows(path: Path, num_rows: int) -> npt.NDArray[np.int64]:
-    """Rows of a hot set. ConfigError where one is none of the store's: the file belongs to other tables."""
-    rows = read_rows(path)
-    wrong = rows[(rows < 0) | (rows >= num_rows)]
-    if wrong.size:
-        raise ConfigError(f"host.hot_set = {str(path)!r}: has row {wrong[0]}; allowed are rows 0 to {num_rows - 1}")
-    return rows
+def _options(tier: str, config: TierConfig, num_rows: int) -> dict[str, Any]:
+    """Parameters of a tier's policy. ConfigError where a row of its hot set is none of the store's: it is of other tables."""
+    options: dict[str, Any] = dict(config.policy_options)
+    if config.hot_set is not None:
+        rows = read_rows(config.hot_set)
+        wrong = rows[(rows < 0) | (rows >= num_rows)]
+        if wrong.size:
+            path = str(config.hot_set)
+            raise ConfigError(f"{tier}.hot_set = {path!r}: has row {wrong[0]}; allowed are rows 0 to {num_rows - 1}")
+        options["hot_rows"] = rows
+    return options
 
 
-def _capacity(host: HostConfig, stride: int, num_rows: int) -> int:
-    """Slots of the host tier: what fits its bytes, and never more than there are rows."""
-    if host.capacity < stride:
-        raise ConfigError(
-            f"host.capacity = {host.capacity}: holds no row of {stride} bytes; allowed are {stride} bytes or more"
-        )
-    return min(host.capacity // stride, num_rows, 2**31 - 1)
+def _stats(tier: HostTier | DeviceTier) -> LevelStats:
+    """Counts of a tier. Under the lock."""
+    level, counters = tier.level, tier.level.counters
+    return LevelStats(
+        policy=level.policy.name,
+        capacity_slots=level.capacity,
+        capacity_bytes=tier.capacity_bytes,
+        bookkeeping_bytes=level.nbytes,
+        used_slots=int(np.count_nonzero(level.slots["key"] >= 0)),
+        pinned_slots=int(counters[PINNED]),
+        hits=int(counters[HITS]),
+        misses=int(counters[MISSES]),
+        bypasses=int(counters[BYPASSES]),
+    )
 
 
 _NO_ROWS = np.empty(0, np.int64)
 
 
-def _end(process: int, disk: Disk | None, sources: list[SourceReader]) -> None:
+def _end(process: int, disk: Disk | None, sources: list[SourceReader], top: HostTier | DeviceTier) -> None:
     """End what a store's `open` began, all of it even if a source's `close` fails; in the process that opened it only."""
     if process != os.getpid():
         return
     with ExitStack() as stack:
+        stack.callback(top.close)
         if disk is not None:
             stack.callback(disk.close)
         for source in sources:

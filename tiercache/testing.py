@@ -195,7 +195,7 @@ class EngineRig:
         sizes = np.array([file.size for file in self.files.files], np.int64)
         self.reader = FileReader(
             new_layout(self.table, 0),
-            Files(self.files.descriptors, sizes, np.zeros_like(sizes)),
+            Files(self.files.descriptors, sizes, np.zeros_like(sizes), np.zeros_like(sizes)),
             self.files,
             self.engine,
             self.files.alignment,

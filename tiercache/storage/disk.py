@@ -11,6 +11,7 @@ from tiercache.storage import queue as q
 from tiercache.storage.checksum import PAGE_BYTES
 from tiercache.storage.engine import Engine
 from tiercache.storage.files import OpenFiles, open_files
+from tiercache.storage.identity import addresses_of
 from tiercache.storage.probe import Choice, start_engine
 from tiercache.storage.reader import FileReader
 from tiercache.storage.reads import FILE_BITS, Files, bounce_bytes, longest_piece, new_layout
@@ -20,8 +21,8 @@ from tiercache.storage.table import FileTable
 class Disk:
     """File tables behind one engine; `readers` has one reader a table, in their order.
 
-    `verify` compares the checksum of every page read: ConfigError where a table has none. StorageError where a file is
-    not what it was when its table was described.
+    `verify` compares the checksum of every page read: ConfigError where a table has none, or where the engine needs what
+    is not installed. StorageError where a file is not what it was when its table was described.
     """
 
     def __init__(
@@ -38,11 +39,16 @@ class Disk:
         sums = [table.checksums.load() for table in tables if table.checksums is not None and verify]
         self._files: OpenFiles = open_files([file for table in tables for file in table.files], direct=direct)
         slot_bytes = bounce_bytes(longest_piece(tables), self._files.alignment)
-        self._choice: Choice = start_engine(engine, self._files, queue_depth, slot_bytes)
+        try:
+            self._choice: Choice = start_engine(engine, self._files, queue_depth, slot_bytes)
+        except ConfigError:
+            self._files.close()
+            raise
         files = Files(
             self._files.descriptors,
             np.array([file.size for file in self._files.files], np.int64),
             _addresses(sums, len(self._files.files)),
+            addresses_of(self._files.identities),
         )
         alignment = max(self._files.alignment, PAGE_BYTES) if verify else self._files.alignment
         first_file = 0

@@ -11,10 +11,10 @@ import numpy.typing as npt
 from tiercache.errors import StorageError
 from tiercache.native import SYS_STATX, pread, syscall
 from tiercache.storage.engine import aligned_buffer
+from tiercache.storage.identity import AT_EMPTY_PATH, identity_of
 from tiercache.storage.table import TableFile, require_unchanged, storage_error
 
 _STATX_DIOALIGN = 0x2000
-_AT_EMPTY_PATH = 0x1000
 
 
 class OpenFiles(NamedTuple):
@@ -28,6 +28,7 @@ class OpenFiles(NamedTuple):
     descriptors: npt.NDArray[np.int64]
     alignment: int
     refusal: str | None
+    identities: tuple[npt.NDArray[np.uint8], ...]
 
     def require_unchanged(self, numbers: Sequence[int]) -> None:
         """StorageError (ESTALE) where one of these files is not any more what it was when it was opened, or has no name."""
@@ -58,11 +59,14 @@ def open_files(files: Sequence[TableFile], *, direct: bool) -> OpenFiles:
             descriptors.extend(_open(file, 0) for file in files)
         for descriptor, file in zip(descriptors, files, strict=True):
             require_unchanged(descriptor, file)
+        identities = tuple(map(identity_of, descriptors))
+        for descriptor, file in zip(descriptors, files, strict=True):
+            require_unchanged(descriptor, file)
     except OSError:
         for descriptor in descriptors:
             os.close(descriptor)
         raise
-    return OpenFiles(tuple(files), np.array(descriptors, np.int64), alignment, refusal)
+    return OpenFiles(tuple(files), np.array(descriptors, np.int64), alignment, refusal, identities)
 
 
 def _direct_alignment(files: Sequence[TableFile], descriptors: list[int]) -> tuple[int, str | None]:
@@ -94,7 +98,7 @@ def _alignment_of(descriptor: int) -> int:
     said = np.zeros(256, np.uint8)
     empty = np.zeros(1, np.uint8)
     result = syscall(
-        SYS_STATX, descriptor, empty.ctypes.data, _AT_EMPTY_PATH, _STATX_DIOALIGN, said.ctypes.data, 0
+        SYS_STATX, descriptor, empty.ctypes.data, AT_EMPTY_PATH, _STATX_DIOALIGN, said.ctypes.data, 0
     )
     memory, offset = (int(word) for word in said.view(np.uint32)[38:40])
     candidates = [max(memory, offset)] if result == 0 and offset else [512, 4096]

@@ -2,13 +2,14 @@
 
 A *job* is one plan's reads. It lies in the caller's memory, as int64 tables that the engine reads by address:
 
-    reads   [n, 9]  sorted by AT: one request to the disk each, with the pieces that it brings
+    reads   [n, 10] sorted by AT: one request to the disk each, with the pieces that it brings
     pieces  [p, 4]  bytes within a read, where they go, and whom to tell
     wanted  [w]     AT of bytes that an earlier job is to bring and this one needs too
     result  [8]     what became of it
 
 AT is a linear address over all files (`file << 44 | offset`). `jobs` holds one line a job in progress. The engine takes the
-job that is due first; being due is `max(deadline, now + a fair time for its length)`, so a small job overtakes a big one
+job that is due first. Its clock counts reads, not time, so that order does not depend on how fast the disk is just now: a job
+is due after as many reads as it has itself, or as fit before its deadline if that is later. So a small job overtakes a big one
 unless that is nearly done, and nothing starves. A job's wanted bytes are taken first, out of the jobs that hold them.
 
 A piece's flag is an int8 count of the pieces that its slot still waits for. It falls by one with each that arrives; a
@@ -38,31 +39,35 @@ from tiercache.native import (
     wait,
 )
 from tiercache.storage.checksum import PAGE_BYTES, verify_pages
+from tiercache.storage.identity import IDENTITY_BYTES, changed
 
-AT, FD, OFFSET, LENGTH, NEEDED, FIRST_PIECE, NUM_PIECES, TAKEN, SUMS = range(9)
+AT, FD, OFFSET, LENGTH, NEEDED, FIRST_PIECE, NUM_PIECES, TAKEN, SUMS, IDENTITY = range(10)
 """Columns of `reads`: LENGTH bytes are asked for, a multiple of the alignment, and the first NEEDED must come (the file may
-end behind them); SUMS is the address of the checksums of their pages, or 0."""
+end behind them); SUMS is the address of the checksums of their pages, or 0; IDENTITY that of what the file must be, or 0."""
 
-READ_COLUMNS, PIECE_COLUMNS = 9, 4
+READ_COLUMNS, PIECE_COLUMNS = 10, 4
 
 SKIP, NUM_BYTES, TARGET, FLAG = range(4)
 """Columns of `pieces`: bytes of the read before it, its length, the address it goes to, the address of its flag or 0."""
 
-DONE, ERRNO, FAILED_AT, FAILED_LENGTH, FAILED_READS, BAD_PAGE = range(6)
-"""Columns of `result`. ERRNO and those after it are of the first failure."""
+DONE, ERRNO, FAILED_AT, FAILED_LENGTH, FAILED_READS, BAD_PAGE, QUEUED = range(7)
+"""Columns of `result`. ERRNO to BAD_PAGE are of the first failure; QUEUED is the serial, once the job has one."""
 
 SERIAL, DUE, READS, NUM_READS, CURSOR, LEFT, PIECES, WANTED, NUM_WANTED, RESULT = range(10)
 """Columns of `jobs`; a line whose SERIAL is 0 is free."""
 
-STOP, NEXT_SERIAL, WATCHERS, READS_DONE, BYTES_READ, ACTIVE, BROKEN = range(7)
-"""Columns of `control`: end; last serial; threads that watch flags; reads and bytes completed; jobs; fatal errno."""
+STOP, NEXT_SERIAL, WATCHERS, READS_DONE, BYTES_READ, ACTIVE, BROKEN, CLOCK = range(8)
+"""Columns of `control`: end; last serial; threads that watch flags; reads and bytes done; jobs; fatal errno; reads taken."""
 
 FAILED = -64
 """Added to a flag when one of its pieces could not be read."""
 
-EIO, ECANCELED, EUCLEAN, ENODATA = 5, 125, 117, 61
+EIO, ECANCELED, EUCLEAN, ENODATA, ESTALE = 5, 125, 117, 61, 116
 FAIR_NS = 12_000
-"""Time that a fair share grants one read, in ns."""
+"""Time of one read, in ns, by which deadlines become counts of reads."""
+
+SCRATCH_BYTES = 16 + IDENTITY_BYTES
+"""What a thread that finishes reads needs beside them."""
 
 MAX_JOBS = 256
 _SLICE_NS = 100_000_000
@@ -117,17 +122,23 @@ def _pieces(queue: Any, line: int, entry: int) -> tuple[int, int]:
     return first, first + 8 * PIECE_COLUMNS * get(entry, NUM_PIECES)
 
 
+@lean
+def _reason(queue: Any) -> int:
+    """The errno of what is refused or given up: what broke the engine, or ECANCELED."""
+    return queue.control[BROKEN] if queue.control[BROKEN] != 0 else int64(ECANCELED)
+
+
 @jit
 def submit(queue: Any, reads: Any, pieces: Any, wanted: Any, result: Any, deadline_ns: int) -> int:
     """Queue a job; returns its serial, 0 where the table is full, or minus the errno that broke the engine.
 
     The arrays must stay alive until result[DONE] is set. `deadline_ns` is of the monotonic clock.
     """
-    due = max(deadline_ns, clock_ns(np.empty(2, np.int64), 1) + FAIR_NS * reads.shape[0])
+    ahead = max(reads.shape[0], (deadline_ns - clock_ns(np.empty(2, np.int64), 1)) // FAIR_NS)
     serial = 0
     lock(_mutex(queue))
     if queue.control[BROKEN] != 0 or queue.control[STOP] != 0:
-        serial = -max(queue.control[BROKEN], ECANCELED)
+        serial = -_reason(queue)
     else:
         for line in range(MAX_JOBS):
             if queue.jobs[line, SERIAL] == 0:
@@ -135,10 +146,11 @@ def submit(queue: Any, reads: Any, pieces: Any, wanted: Any, result: Any, deadli
                 queue.control[ACTIVE] += 1
                 serial = queue.control[NEXT_SERIAL]
                 job = queue.jobs[line]
-                job[DUE], job[READS], job[NUM_READS] = due, reads.ctypes.data, reads.shape[0]
+                job[DUE], job[READS], job[NUM_READS] = queue.control[CLOCK] + ahead, reads.ctypes.data, reads.shape[0]
                 job[CURSOR], job[LEFT], job[PIECES] = 0, reads.shape[0], pieces.ctypes.data
                 job[WANTED], job[NUM_WANTED], job[RESULT] = wanted.ctypes.data, wanted.size, result.ctypes.data
                 job[SERIAL] = serial
+                result[QUEUED] = serial
                 if reads.shape[0] == 0 and wanted.size == 0:
                     _end(queue, line)
                 broadcast(_work(queue))
@@ -221,6 +233,7 @@ def take(queue: Any) -> tuple[int, int]:
         entry = read_at(queue, line, read)
         if get(entry, TAKEN) == 0:
             store64(entry + 8 * TAKEN, 1)
+            queue.control[CLOCK] += 1
             return int64(line), int64(read)
 
 
@@ -266,20 +279,43 @@ def complete(queue: Any, line: int, read: int, errno: int, bad_page: int) -> Non
 
 
 @lean
-def finish(queue: Any, line: int, read: int, buffer: int, errno: int) -> None:
-    """A taken read has landed in `buffer`, or failed with an errno: check it, copy it out, tell. Without the mutex."""
+def finish(queue: Any, line: int, read: int, buffer: int, errno: int, scratch: int) -> None:
+    """A taken read has landed in `buffer`, or failed with an errno: check it, copy it out, tell. Without the mutex.
+
+    Bytes of a file that has changed never arrive. scratch: address of SCRATCH_BYTES zeros of the calling thread, whose first
+    word it sets to -1 (`look_again`) before reads that land later are finished: one look at a file serves all that landed
+    before it.
+    """
     bad_page = int64(-1)
     if errno == 0:
         entry = read_at(queue, line, read)
-        if get(entry, SUMS) != 0:
+        if get(entry, IDENTITY) != 0 and _changed(entry, scratch):
+            errno = ESTALE
+        elif get(entry, SUMS) != 0:
             bad_page = int64(verify_pages(buffer, get(entry, NEEDED), PAGE_BYTES, get(entry, SUMS)))
         if bad_page >= 0:
             errno = EUCLEAN
-        else:
+        elif errno == 0:
             deliver(queue, line, read, buffer)
     lock(_mutex(queue))
     complete(queue, line, read, errno, bad_page)
     unlock(_mutex(queue))
+
+
+@lean
+def look_again(scratch: int) -> None:
+    """Files may have changed since they were looked at last."""
+    store64(scratch, -1)
+
+
+@lean
+def _changed(entry: int, scratch: int) -> bool:
+    """Whether the file of a read is not what it was at open; looks once for reads of one file that follow each other."""
+    descriptor, identity = get(entry, FD), get(entry, IDENTITY)
+    if load64(scratch) != descriptor:
+        store64(scratch, descriptor)
+        store64(scratch + 8, changed(descriptor, identity, scratch + 16))
+    return load64(scratch + 8) != 0
 
 
 @lean
@@ -317,12 +353,12 @@ def fail_all(queue: Any, errno: int) -> None:
 
 @jit
 def hasten(queue: Any, serial: int) -> None:
-    """Somebody waits for this job now: it is due after a fair time for what is left of it."""
+    """Somebody waits for this job now: it is due after as many reads as are left of it."""
     lock(_mutex(queue))
     line = _find_line(queue, serial)
     if line >= 0 and serial > 0:
         job = queue.jobs[line]
-        job[DUE] = min(job[DUE], clock_ns(np.empty(2, np.int64), 1) + FAIR_NS * (job[NUM_READS] - job[CURSOR]))
+        job[DUE] = min(job[DUE], queue.control[CLOCK] + job[NUM_READS] - job[CURSOR])
     unlock(_mutex(queue))
 
 
@@ -377,7 +413,7 @@ def give_up(queue: Any, errno: int) -> None:
     lock(_mutex(queue))
     if queue.control[STOP] == 0 and queue.control[BROKEN] == 0:
         queue.control[BROKEN] = errno
-    fail_all(queue, max(queue.control[BROKEN], ECANCELED))
+    fail_all(queue, _reason(queue))
     unlock(_mutex(queue))
 
 

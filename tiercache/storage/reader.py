@@ -1,14 +1,17 @@
 """Readers: what brings missing rows to their places, without the caller waiting. One for file tables, one for sources."""
 
 import errno
+import itertools
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+import time
+from heapq import heappop, heappush
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.errors import StorageError
+from tiercache.errors import ClosedError, StorageError
 from tiercache.native import broadcast, jit, load8, lock, memcpy, store8, store64, unlock
 from tiercache.source import Source
 from tiercache.storage import queue as q
@@ -17,17 +20,19 @@ from tiercache.storage.engine import Engine
 from tiercache.storage.files import OpenFiles
 from tiercache.storage.reads import FILE_BITS, Files, Layout, Targets, addresses, plan_reads
 
-_NO_WORDS = np.empty(0, np.int64)
+_NO_RECORDS = np.empty((0, 0), np.uint8)
+_IDLE_S = 1.0
+"""How long a source's thread sleeps before it looks again, in case that what should wake it ran in its own thread."""
 
 
 class Job(NamedTuple):
-    """Reads on their way. Keeps alive all that the engine's threads touch until `result[DONE]`."""
+    """Reads on their way. `memory` is what they are planned in; the one who reads holds it as long as it is used."""
 
     queue: q.Queue
     result: npt.NDArray[np.int64]
     serial: int
     memory: tuple[Any, ...]
-    future: "Future[None] | None" = None
+    task: "_Task | None" = None
 
     @property
     def done(self) -> bool:
@@ -41,14 +46,30 @@ class Job(NamedTuple):
 
     def cancel(self) -> None:
         """Give up what has not begun."""
-        q.cancel(self.queue, self.serial)
+        if self.task is None:
+            q.cancel(self.queue, self.serial)
+        else:
+            self.task.give_up()
 
     def wait(self) -> None:
         """Wait until done. Signals are handled every 0.1 s."""
-        if not self.done:
+        if self.done:
+            return
+        if self.task is None:
             q.hasten(self.queue, self.serial)
-            while not q.wait_done(self.queue, self.result):
-                pass
+        else:
+            self.task.hasten()
+        while not q.wait_done(self.queue, self.result):
+            pass
+
+    def end(self) -> None:
+        """`cancel`, and wait for the rest, whatever interrupts: afterwards nothing of the job goes on."""
+        while not self.done:
+            try:
+                self.cancel()
+                q.wait_done(self.queue, self.result)
+            except BaseException:
+                continue
 
 
 class Reader(Protocol):
@@ -64,10 +85,12 @@ class Reader(Protocol):
         wanted: npt.NDArray[np.int64],
         targets: Targets,
         deadline_ns: int,
+        alive: tuple[Any, ...] = (),
     ) -> Job:
         """Begin to read distinct rows of the table to their places; `wanted` rows are being read for another job already.
 
-        The targets must stay alive until the job is done. OSError where nothing can be begun.
+        `alive` is what owns the memory of the targets: it is held until the job is done. OSError or ClosedError where
+        nothing can be begun. Whatever this raises, a signal's exception too, nothing of the job goes on afterwards.
         """
 
     def raise_error(self, job: Job) -> None:
@@ -94,22 +117,31 @@ class FileReader:
         wanted: npt.NDArray[np.int64],
         targets: Targets,
         deadline_ns: int,
+        alive: tuple[Any, ...] = (),
     ) -> Job:
         reads, pieces = plan_reads(
             self._layout, self._files, rows, places, targets, self._alignment, self._slot_bytes
         )
         wanted_at = np.empty(wanted.size, np.int64)
         addresses(self._layout, wanted, wanted_at)
-        result = np.zeros(8, np.int64)
-        queue = self._engine.queue
-        while (serial := q.submit(queue, reads, pieces, wanted_at, result, deadline_ns)) == 0:
-            q.wait_any(queue)
-        if serial < 0:
-            raise OSError(-serial, os.strerror(-serial))
-        self._engine.wake()
-        return Job(queue, result, serial, (reads, pieces, wanted_at))
+        memory, result = (reads, pieces, wanted_at), np.zeros(8, np.int64)
+        queue, underway = self._engine.queue, self._engine.underway
+        try:
+            underway.hold(result, (memory, alive))
+            while (serial := q.submit(queue, reads, pieces, wanted_at, result, deadline_ns)) == 0:
+                q.wait_any(queue)
+            if serial < 0:
+                raise OSError(-serial, os.strerror(-serial))
+            self._engine.wake()
+            return Job(queue, result, serial, memory)
+        except BaseException:
+            if result[q.QUEUED]:
+                Job(queue, result, int(result[q.QUEUED]), memory).end()
+            underway.release(result)
+            raise
 
     def raise_error(self, job: Job) -> None:
+        self._engine.underway.release(job.result)
         reads = job.memory[0]
         number = int(job.result[q.ERRNO])
         if number:
@@ -118,6 +150,9 @@ class FileReader:
             if number == q.EUCLEAN:
                 page = offset // PAGE_BYTES + int(job.result[q.BAD_PAGE])
                 what = f"page {page} does not match its checksum"
+            elif number == q.ESTALE:
+                self._open.require_unchanged([at >> FILE_BITS])
+                what = "the file changed while it was read"
             elif number == q.ENODATA:
                 what = "the file ends too soon: it shrank since it was opened"
             else:
@@ -138,15 +173,63 @@ class FileReader:
         return True
 
 
+class _Task:
+    """One read of a source. Holds all memory that it writes until it is done."""
+
+    __slots__ = ("alive", "begun", "due_ns", "error", "places", "reader", "result", "rows", "targets")
+
+    def __init__(
+        self,
+        reader: "SourceReader",
+        rows: npt.NDArray[np.int64],
+        places: npt.NDArray[np.int32],
+        targets: Targets,
+        due_ns: int,
+        alive: tuple[Any, ...],
+    ) -> None:
+        self.reader = reader
+        self.rows, self.places, self.targets, self.alive = rows, places, targets, alive
+        self.due_ns = due_ns
+        self.result = np.zeros(8, np.int64)
+        self.begun = False
+        self.error: BaseException | None = None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it has neither begun nor been given up."""
+        return not self.begun and not self.result[q.DONE]
+
+    def give_up(self) -> None:
+        """Fail it with ECANCELED, if it still waits."""
+        self.reader._give_up(self)
+
+    def hasten(self) -> None:
+        """Somebody waits for it now."""
+        self.reader._hasten(self, _fair_ns(self.rows))
+
+
+def _fair_ns(rows: npt.NDArray[np.int64]) -> int:
+    """When a read of these rows is due that somebody waits for: as with files, after a fair time for its length."""
+    return time.monotonic_ns() + q.FAIR_NS * rows.size
+
+
 class SourceReader:
-    """Reads a Source in one thread of its own."""
+    """Reads a Source in one thread of its own, which begins with the first read: what is due first is read first.
+
+    The thread lets go of the source when it ends, so that nobody does while it reads.
+    """
 
     num_reads = 1
 
     def __init__(self, source: Source, queue: q.Queue) -> None:
         self._source, self._queue = source, queue
-        self._closing = False
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tiercache-source")
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[int, int, _Task]] = []
+        self._numbers = itertools.count()
+        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+        self._closing = self._finished = self._closed_by_itself = False
+        self._failure: BaseException | None = None
 
     def submit(
         self,
@@ -155,28 +238,98 @@ class SourceReader:
         wanted: npt.NDArray[np.int64],
         targets: Targets,
         deadline_ns: int,
+        alive: tuple[Any, ...] = (),
     ) -> Job:
-        result = np.zeros(8, np.int64)
-        future = self._pool.submit(self._read, rows, places, targets, result)
-        return Job(self._queue, result, 0, (rows, places), future)
-
-    def _read(
-        self, rows: npt.NDArray[np.int64], places: npt.NDArray[np.int32], targets: Targets, result: npt.NDArray[np.int64]
-    ) -> None:
-        records = np.empty((rows.size, self._source.record.record_bytes), np.uint8)
-        number = errno.EIO
+        task = _Task(self, rows, places, targets, max(deadline_ns, _fair_ns(rows)), alive)
+        job = Job(self._queue, task.result, 0, (rows, places), task)
         try:
-            if self._closing:
-                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
-            if rows.size:
-                self._source.read(rows, records)
-            number = 0
+            with self._changed:
+                self._require_thread()
+                self._hasten_holders(wanted, task.due_ns)
+                heappush(self._waiting, (task.due_ns, next(self._numbers), task))
+                self._changed.notify()
+            return job
+        except BaseException:
+            job.end()
+            raise
+
+    def _require_thread(self) -> None:
+        """Start the thread, if there is none. ClosedError when closing, OSError where the system gives no thread."""
+        if self._closing:
+            raise ClosedError("the store was closed meanwhile")
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._serve, name="tiercache-source", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError as error:
+                raise OSError(errno.EAGAIN, str(error)) from error
+
+    def _hasten_holders(self, wanted: npt.NDArray[np.int64], due_ns: int) -> None:
+        """Let reads that are to bring wanted rows not be due later than who wants them."""
+        if wanted.size:
+            for _, _, task in list(self._waiting):
+                if task.due_ns > due_ns and np.isin(wanted, task.rows).any():
+                    self._hasten(task, due_ns)
+
+    def _hasten(self, task: _Task, due_ns: int) -> None:
+        with self._changed:
+            if task.waiting and due_ns < task.due_ns:
+                task.due_ns = due_ns
+                heappush(self._waiting, (due_ns, next(self._numbers), task))
+
+    def _give_up(self, task: _Task) -> None:
+        with self._changed:
+            if task.waiting:
+                task.error = OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+                _land(self._queue, _NO_RECORDS, task.places, task.targets, task.result, errno.ECANCELED)
+
+    def _serve(self) -> None:
+        """The thread: read until closed, then let go of the source."""
+        with self._changed:
+            if self._thread is not threading.current_thread():
+                return
+        while self._serve_one():
+            pass
+        try:
+            self._finish()
+        except BaseException as error:
+            if self._closed_by_itself:
+                raise
+            self._failure = error
         finally:
-            _land(self._queue, records, places, targets, result, number)
+            self._ended.set()
+
+    def _serve_one(self) -> bool:
+        """Wait for the read that is due first, and do it; False when closing."""
+        task = self._next()
+        if task is None:
+            return False
+        records, number = _NO_RECORDS, errno.EIO
+        try:
+            if task.rows.size:
+                records = np.empty((task.rows.size, self._source.record.record_bytes), np.uint8)
+                self._source.read(task.rows, records)
+            number = 0
+        except BaseException as error:
+            task.error = error
+        finally:
+            _land(self._queue, records, task.places, task.targets, task.result, number)
+        return True
+
+    def _next(self) -> _Task | None:
+        with self._changed:
+            while not self._closing:
+                while self._waiting:
+                    task = heappop(self._waiting)[-1]
+                    if task.waiting:
+                        task.begun = True
+                        return task
+                self._changed.wait(_IDLE_S)
+        return None
 
     def raise_error(self, job: Job) -> None:
-        assert job.future is not None
-        error = job.future.exception()
+        assert job.task is not None
+        error = job.task.error
         if isinstance(error, StorageError) or (error is not None and not isinstance(error, OSError)):
             raise error
         if error is not None:
@@ -186,9 +339,34 @@ class SourceReader:
         return job.succeeded
 
     def close(self) -> None:
-        """End the thread, after the read that was begun, and let go of the source."""
-        self._closing = True
-        self._pool.shutdown(wait=True, cancel_futures=False)
+        """Let the read that was begun land, give up the others, end the thread and let go of the source.
+
+        Called by the thread itself, as when it collects the last reference to a store, this returns at once, and all of it
+        is done when the read has landed.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            thread = self._thread
+            if thread is threading.current_thread():
+                self._closed_by_itself = True
+                return
+        if thread is not None and thread.ident is not None:
+            self._ended.wait()
+            thread.join()
+        self._finish()
+        if self._failure is not None:
+            raise self._failure
+
+    def _finish(self) -> None:
+        """Give up what waits and let go of the source, once."""
+        with self._changed:
+            if self._finished:
+                return
+            self._finished = True
+            for _, _, task in self._waiting:
+                self._give_up(task)
+            self._waiting.clear()
         self._source.close()
 
 

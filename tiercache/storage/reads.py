@@ -17,6 +17,7 @@ from tiercache.storage.queue import (
     FD,
     FIRST_PIECE,
     FLAG,
+    IDENTITY,
     LENGTH,
     NEEDED,
     NUM_BYTES,
@@ -60,11 +61,13 @@ class Files(NamedTuple):
     descriptors  int64[n]
     sizes        int64[n], bytes
     sums         int64[n], address of each file's page checksums, or 0
+    identities   int64[n], address of what each file must be, or 0
     """
 
     descriptors: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
     sums: npt.NDArray[np.int64]
+    identities: npt.NDArray[np.int64]
 
 
 class Targets(NamedTuple):
@@ -200,7 +203,7 @@ def _merge(at: Any, located: Any, files: Any, alignment: int, slot_bytes: int, p
     for r in range(num_reads):
         read = reads[r]
         file = read[AT] >> FILE_BITS
-        read[FD] = files.descriptors[file]
+        read[FD], read[IDENTITY] = files.descriptors[file], files.identities[file]
         read[OFFSET] = read[AT] & ((1 << FILE_BITS) - 1)
         if files.sums[file] != 0:
             read[SUMS] = files.sums[file] + 8 * (read[OFFSET] // PAGE_BYTES)

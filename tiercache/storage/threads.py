@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tiercache.native import int64, jit, lean, lock, pread, unlock, wait
-from tiercache.storage.engine import aligned_buffer
+from tiercache.storage.engine import Underway, aligned_buffer
 from tiercache.storage.queue import (
     ECANCELED,
     ENODATA,
@@ -14,11 +14,13 @@ from tiercache.storage.queue import (
     LENGTH,
     NEEDED,
     OFFSET,
+    SCRATCH_BYTES,
     STOP,
     Queue,
     fail_all,
     finish,
     get,
+    look_again,
     read_at,
     stop,
     take,
@@ -33,24 +35,25 @@ class ThreadsEngine:
     """`depth` threads (64 at most), each with one read of up to `slot_bytes` in flight."""
 
     name = "threads"
+    notes: tuple[str, ...] = ()
 
     def __init__(self, queue: Queue, depth: int, slot_bytes: int, alignment: int) -> None:
         self.queue = queue
+        self.underway = Underway()
+        self._slot_bytes, self._alignment = slot_bytes, alignment
         num_threads = min(depth, MAX_THREADS)
         self._buffer = aligned_buffer(num_threads * slot_bytes)
         self._threads = [
-            threading.Thread(
-                target=serve,
-                args=(queue, self._buffer.ctypes.data + number * slot_bytes, alignment),
-                name=f"tiercache-read-{number}",
-                daemon=True,
-            )
+            threading.Thread(target=self._serve, args=(number,), name=f"tiercache-read-{number}", daemon=True)
             for number in range(num_threads)
         ]
 
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
+
+    def _serve(self, number: int) -> None:
+        serve(self.queue, self._buffer.ctypes.data + number * self._slot_bytes, self._alignment)
 
     def wake(self) -> None:
         """Nothing to do: the threads wait on the queue's own condition variable."""
@@ -66,7 +69,7 @@ class ThreadsEngine:
 def serve(queue: Any, buffer: int, alignment: int) -> None:
     """Serve the queue with one bounce buffer until it is stopped."""
     mutex, work = queue.sync.ctypes.data, queue.sync.ctypes.data + 64
-    scratch = np.empty(2, np.int64)
+    scratch, looked = np.empty(2, np.int64), np.zeros(SCRATCH_BYTES, np.uint8)
     while True:
         lock(mutex)
         line, read = take(queue)
@@ -80,7 +83,8 @@ def serve(queue: Any, buffer: int, alignment: int) -> None:
             return
         entry = read_at(queue, line, read)
         errno = _read(get(entry, FD), buffer, get(entry, LENGTH), get(entry, NEEDED), get(entry, OFFSET), alignment)
-        finish(queue, line, read, buffer, errno)
+        look_again(looked.ctypes.data)
+        finish(queue, line, read, buffer, errno, looked.ctypes.data)
 
 
 @lean

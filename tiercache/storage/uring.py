@@ -27,7 +27,7 @@ from tiercache.native import (
     syscall,
     unlock,
 )
-from tiercache.storage.engine import aligned_buffer
+from tiercache.storage.engine import Underway, aligned_buffer
 from tiercache.storage.queue import (
     BROKEN,
     ECANCELED,
@@ -37,6 +37,7 @@ from tiercache.storage.queue import (
     LENGTH,
     NEEDED,
     OFFSET,
+    SCRATCH_BYTES,
     STOP,
     Queue,
     complete,
@@ -44,6 +45,7 @@ from tiercache.storage.queue import (
     finish,
     get,
     give_up,
+    look_again,
     read_at,
     stop,
     take,
@@ -67,6 +69,7 @@ class Ring(NamedTuple):
     slots   int64[n, 4]     per bounce slot: line, read, bytes landed, bytes needed
     free    int64[n]        stack of free bounce slots
     counter uint64[1]       where the pending read of the eventfd lands
+    looked  uint8[SCRATCH_BYTES]
     """
 
     words: npt.NDArray[np.int64]
@@ -75,6 +78,7 @@ class Ring(NamedTuple):
     slots: npt.NDArray[np.int64]
     free: npt.NDArray[np.int64]
     counter: npt.NDArray[np.uint64]
+    looked: npt.NDArray[np.uint8]
 
 
 _FILE, _SQ_TAIL, _CQ_HEAD, _CQ_TAIL, _OPCODE, _BUFFER, _SLOT_BYTES, _WAKE = range(8)
@@ -88,21 +92,24 @@ class UringEngine:
     """
 
     name = "uring"
+    notes: tuple[str, ...] = ()
 
     def __init__(self, queue: Queue, depth: int, slot_bytes: int, alignment: int) -> None:
         self.queue = queue
+        self.underway = Underway()
         self._alignment = alignment
         self._buffer = aligned_buffer(depth * slot_bytes)
         self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._serve, name="tiercache-uring", daemon=True)
+        self._file = -1
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         try:
             self._map_ring(depth)
-        except OSError:
-            os.close(self._wake)
+            opcode = _READ_FIXED if self._register_buffer() else _READ
+            self._ring.words[_OPCODE :] = (opcode, self._buffer.ctypes.data, slot_bytes, self._wake)
+        except BaseException:
+            self._close_descriptors()
             raise
-        opcode = _READ_FIXED if self._register_buffer() else _READ
-        self._ring.words[_OPCODE :] = (opcode, self._buffer.ctypes.data, slot_bytes, self._wake)
-        self._thread = threading.Thread(target=self._serve, name="tiercache-uring", daemon=True)
 
     def _map_ring(self, depth: int) -> None:
         parameters = np.zeros(30, np.uint32)
@@ -133,6 +140,7 @@ class UringEngine:
             np.zeros((depth, 4), np.int64),
             np.arange(depth, dtype=np.int64),
             np.zeros(1, np.uint64),
+            np.zeros(SCRATCH_BYTES, np.uint8),
         )
 
     def _register_buffer(self) -> bool:
@@ -159,9 +167,13 @@ class UringEngine:
         if self._thread.ident is not None:
             self._thread.join()
         with self._lock:
-            os.close(self._file)
-            os.close(self._wake)
-            self._wake = -1
+            self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
+        for descriptor in (self._file, self._wake):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._file = self._wake = -1
 
 
 @lean
@@ -238,6 +250,7 @@ def serve(queue: Any, ring: Any, alignment: int) -> None:
             _give_up(queue, ring, -result, num_free)
             return
         end = int64(load32(words[_CQ_TAIL]))
+        look_again(ring.looked.ctypes.data)
         while head != end:
             event = ring.events[head & (ring.events.shape[0] - 1)]
             mark, result = event[0], (event[1] & 0x7FFFFFFF) - (event[1] & 0x80000000)
@@ -263,14 +276,14 @@ def _landed(queue: Any, ring: Any, slot: int, result: int, alignment: int) -> bo
     if result in (-_EINTR, -_EAGAIN):
         return True
     if result < 0:
-        finish(queue, line, read, buffer, -result)
+        finish(queue, line, read, buffer, -result, ring.looked.ctypes.data)
         return False
     if place[_LANDED] + result >= place[_NEEDED]:
-        finish(queue, line, read, buffer, 0)
+        finish(queue, line, read, buffer, 0, ring.looked.ctypes.data)
         return False
     step = result - result % alignment
     if step == 0:
-        finish(queue, line, read, buffer, ENODATA)
+        finish(queue, line, read, buffer, ENODATA, ring.looked.ctypes.data)
         return False
     place[_LANDED] += step
     return True

@@ -4,13 +4,16 @@
 """
 
 import mmap
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from tiercache.level import Level, Plan
+from tiercache.level import Level
 from tiercache.native import PREFETCH_BYTES, copy, fence, int64, lean, prefetch, stream
+from tiercache.records import Record
+from tiercache.stack import StackPlan
 
 _AHEAD = 48
 _STREAM_BYTES = 2048
@@ -29,20 +32,28 @@ class HostBuffer:
         self.slots = np.frombuffer(self._map, np.uint8, num_bytes).reshape(capacity, slot_bytes)
 
 
+class Memories(NamedTuple):
+    """Where the records of places are, as addresses and bytes: a place below `num_upper` is a slot of the upper buffer, one
+    from there on a slot of the lower one, ~i row i of the staging area. All rows are `stride` bytes apart.
+    """
+
+    upper: int
+    num_upper: int
+    lower: int
+    staging: int
+    stride: int
+
+
 @lean
-def gather(where: Any, slots: int, slot_stride: int, staging: int, staging_stride: int, out: int, num_bytes: int) -> None:
-    """Copy record i from its place where[i] (int32[n]) to out + i * num_bytes. Addresses and strides in bytes."""
+def gather(where: Any, memories: Memories, out: int, num_bytes: int) -> None:
+    """Copy record i from its place where[i] (int32[n]) to address out + i * num_bytes."""
     for i in range(where.size):
-        _ask(where, i + _AHEAD, slots, slot_stride, num_bytes)
-        place = int64(where[i])
-        source = slots + place * slot_stride if place >= 0 else staging + ~place * staging_stride
-        copy(out + i * num_bytes, source, num_bytes)
+        _ask(where, i + _AHEAD, memories, num_bytes)
+        copy(out + i * num_bytes, _source(memories, int64(where[i])), num_bytes)
 
 
 @lean
-def gather_streaming(
-    where: Any, slots: int, slot_stride: int, staging: int, staging_stride: int, out: int, num_bytes: int, buffer: int
-) -> None:
+def gather_streaming(where: Any, memories: Memories, out: int, num_bytes: int, buffer: int) -> None:
     """`gather` for an output that no cache holds: records are laid side by side in `buffer` and leave it as whole lines.
 
     So the output's lines are not read before they are written. `out` is a multiple of 64; `buffer` has room for
@@ -50,10 +61,8 @@ def gather_streaming(
     """
     filled = int64(0)
     for i in range(where.size):
-        _ask(where, i + _AHEAD, slots, slot_stride, num_bytes)
-        place = int64(where[i])
-        source = slots + place * slot_stride if place >= 0 else staging + ~place * staging_stride
-        copy(buffer + filled, source, num_bytes)
+        _ask(where, i + _AHEAD, memories, num_bytes)
+        copy(buffer + filled, _source(memories, int64(where[i])), num_bytes)
         filled += num_bytes
         if filled >= _STREAM_BYTES:
             whole = filled & ~63
@@ -66,38 +75,88 @@ def gather_streaming(
 
 
 @lean
-def _ask(where: Any, i: int, slots: int, slot_stride: int, num_bytes: int) -> None:
+def _source(memories: Memories, place: int) -> int:
+    """Address of the record at a place."""
+    if place >= memories.num_upper:
+        return memories.lower + (place - memories.num_upper) * memories.stride
+    if place >= 0:
+        return memories.upper + place * memories.stride
+    return memories.staging + ~place * memories.stride
+
+
+@lean
+def _ask(where: Any, i: int, memories: Memories, num_bytes: int) -> None:
     """Ask for the record of a position, if it is in a slot."""
     if i < where.size and where[i] >= 0:
-        begin = slots + int64(where[i]) * slot_stride
+        begin = _source(memories, int64(where[i]))
         for line in range(begin, begin + num_bytes, PREFETCH_BYTES):
             prefetch(line)
+
+
+def gather_to(where: npt.NDArray[np.int32], memories: Memories, out: int, num_bytes: int) -> None:
+    """`gather`, past the caches where the output is large."""
+    if where.size * num_bytes < _LARGE_BYTES or num_bytes > _STREAM_BYTES or out % 64:
+        gather(where, memories, out, num_bytes)
+    else:
+        buffer = np.empty(2 * _STREAM_BYTES, np.uint8)
+        gather_streaming(where, memories, out, num_bytes, buffer.ctypes.data)
 
 
 class HostTier:
     """A level and its buffer. Not safe from several threads: the store locks."""
 
-    def __init__(self, level: Level, slot_bytes: int) -> None:
+    torch_device = torch.device("cpu")
+    decodes = False
+    """Whether `gather` writes decoded rows; else it writes records."""
+
+    def __init__(self, level: Level, stride: int) -> None:
         self.level = level
-        self.buffer = HostBuffer(level.capacity, slot_bytes)
-        self.stride = slot_bytes
+        self.stride = stride
+        self.buffer = HostBuffer(level.capacity, stride)
+        self.capacity_bytes: int = self.buffer.slots.nbytes
+        self.address: int = self.buffer.slots.ctypes.data
+        self._resident = Memories(0, 0, self.address, 0, stride)
 
-    def fetch(self, rows: npt.NDArray[np.int64], num_reads: int, out: int, num_bytes: int) -> Plan | None:
-        """Plan a batch; None if every row was resident, and then its records (of `num_bytes` bytes) are at address `out`."""
-        where, held, found = self.level.probe(rows)
-        if found[1] or found[2]:
-            return self.level.settle(rows, where, held, found, num_reads)
-        self.gather(where, _NO_RECORDS, out, num_bytes)
-        return None
+    def room(self, size: int) -> StackPlan:
+        """Room for the plan of a batch."""
+        return StackPlan(size, above=False)
 
-    def gather(self, where: npt.NDArray[np.int32], staging: npt.NDArray[np.uint8], out: int, num_bytes: int) -> None:
-        """Copy the records of these places to address `out`. staging: uint8[s, stride]."""
-        slots, stride = self.buffer.slots.ctypes.data, self.stride
-        if where.size * num_bytes < _LARGE_BYTES or num_bytes > _STREAM_BYTES or out % 64:
-            gather(where, slots, stride, staging.ctypes.data, stride, out, num_bytes)
-        else:
-            buffer = np.empty(2 * _STREAM_BYTES, np.uint8)
-            gather_streaming(where, slots, stride, staging.ctypes.data, stride, out, num_bytes, buffer.ctypes.data)
+    def plan(self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int) -> None:
+        """Plan a batch, into new room."""
+        self.level.plan_into(plan.below, rows, num_reads)
 
+    def serve(
+        self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int, records: torch.Tensor, num_bytes: int
+    ) -> bool:
+        """Plan a batch; True if every row was resident: then its records, of `num_bytes` bytes, are in `records`."""
+        served = self.level.plan_into(plan.below, rows, num_reads, idly=True)
+        if served:
+            gather_to(plan.where, self._resident, records.data_ptr(), num_bytes)
+        return served
 
-_NO_RECORDS = np.empty((0, 8), np.uint8)
+    def release(self, plan: StackPlan) -> None:
+        """Let go of the slots of a plan."""
+        self.level.release(plan.below)
+
+    def gather(
+        self,
+        plan: StackPlan,
+        staging: npt.NDArray[np.uint8],
+        records: torch.Tensor,
+        record: Record,
+        stream: None,
+    ) -> None:
+        """Copy the records of a plan's places to `records`. staging: uint8[s, stride]."""
+        memories = self._resident._replace(staging=staging.ctypes.data)
+        gather_to(plan.where, memories, records.data_ptr(), record.record_bytes)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, stream: None) -> torch.Tensor:
+        """An output."""
+        return torch.empty(shape, dtype=dtype, device="cpu")
+
+    def staging(self, num_rows: int) -> npt.NDArray[np.uint8]:
+        """A staging area, uint8[num_rows, stride]."""
+        return np.empty((num_rows, self.stride), np.uint8)
+
+    def close(self) -> None:
+        """Nothing is on its way."""

@@ -1,0 +1,99 @@
+"""The device tier of `device = "cpu"`: a second host buffer, so that three tiers behave the same on any machine.
+
+Everything is done when a call returns: there are no streams, and nothing is ever on its way up.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tiercache.level import Level
+from tiercache.native import PREFETCH_BYTES, copy, int64, lean, prefetch
+from tiercache.records import Record
+from tiercache.stack import StackPlan, plan_stack
+from tiercache.tiers.host import HostBuffer, HostTier, Memories, gather_to
+
+_AHEAD = 16
+
+
+class CpuTier:
+    """A level above the host tier's, and its buffer; at most `most` rows rise in one batch. The store locks."""
+
+    torch_device = torch.device("cpu")
+    decodes = False
+
+    def __init__(self, level: Level, host: HostTier, most: int) -> None:
+        self.level = level
+        self.capacity_bytes = level.capacity * host.stride
+        self._host, self._most = host, most
+        self._buffer = HostBuffer(level.capacity, host.stride)
+        self._address: int = self._buffer.slots.ctypes.data
+        self._resident = Memories(self._address, level.capacity, host.address, 0, host.stride)
+
+    def room(self, size: int) -> StackPlan:
+        """Room for the plan of a batch."""
+        return StackPlan(size, above=True)
+
+    def plan(self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int) -> None:
+        """Plan a batch over both tiers, into new room, and copy up what rises."""
+        plan_stack(self.level, self._host.level, plan, rows, num_reads, self._most)
+        self._fill(plan)
+
+    def serve(
+        self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int, records: torch.Tensor, num_bytes: int
+    ) -> bool:
+        """Plan a batch; True if this tier had every row: then its records, of `num_bytes` bytes, are in `records`."""
+        served = plan_stack(self.level, self._host.level, plan, rows, num_reads, self._most, idly=True)
+        if served:
+            gather_to(plan.where, self._resident, records.data_ptr(), num_bytes)
+        else:
+            self._fill(plan)
+        return served
+
+    def release(self, plan: StackPlan) -> None:
+        """Let go of the slots of a plan, in both tiers."""
+        assert plan.above is not None
+        self.level.release(plan.above)
+        self._host.level.release(plan.below)
+
+    def gather(
+        self,
+        plan: StackPlan,
+        staging: npt.NDArray[np.uint8],
+        records: torch.Tensor,
+        record: Record,
+        stream: None,
+    ) -> None:
+        """Copy the records of a plan's places to `records`. staging: uint8[s, stride]."""
+        memories = self._resident._replace(staging=staging.ctypes.data)
+        gather_to(plan.where, memories, records.data_ptr(), record.record_bytes)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, stream: None) -> torch.Tensor:
+        """An output."""
+        return torch.empty(shape, dtype=dtype, device="cpu")
+
+    def staging(self, num_rows: int) -> npt.NDArray[np.uint8]:
+        """A staging area, uint8[num_rows, stride]."""
+        return self._host.staging(num_rows)
+
+    def close(self) -> None:
+        """Nothing is on its way."""
+
+    def _fill(self, plan: StackPlan) -> None:
+        assert plan.above is not None
+        sources, slots = plan.above.fill, plan.above.held[plan.above.hits :]
+        if sources.size:
+            _fill(sources, slots, self._host.address, self._address, self._host.stride)
+
+
+@lean
+def _fill(sources: Any, slots: Any, lower: int, upper: int, stride: int) -> None:
+    """Copy host slots sources[i] (int32[m]) to device slots slots[i]."""
+    for i in range(sources.size):
+        if i + _AHEAD < sources.size:
+            begin = lower + int64(sources[i + _AHEAD]) * stride
+            for line in range(begin, begin + stride, PREFETCH_BYTES):
+                prefetch(line)
+        copy(upper + int64(slots[i]) * stride, lower + int64(sources[i]) * stride, stride)

@@ -1,0 +1,250 @@
+"""The device tier: hot rows in the memory of a processor that works through streams.
+
+Three rules keep every byte right, whatever order the streams run in:
+
+1. A slot that a gather or a copy reads, or is to read, stays pinned in its level until an event behind that work is done. So
+   nobody overwrites a slot under a reader: not a copy a device slot, not the disk a host slot or a staging area.
+2. What rises is copied on a stream of its own, `side`, from host slots whose bytes are there. A gather that reads a slot on
+   its way up makes its stream wait for the last copy begun; `side` runs in order, so that is enough.
+3. Places travel to the device through pinned memory that is used again only when the event behind its last reader is done.
+
+The host waits for the device in three cases only: at `close`, if `MAX_PARCELS` batches of places are under way, and where
+indices come from the device.
+"""
+
+import threading
+from collections import deque
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tiercache.level import Level
+from tiercache.records import Record
+from tiercache.stack import StackPlan, plan_stack
+from tiercache.tiers.host import HostTier
+
+MAX_PARCELS = 256
+"""Batches of places on their way at once."""
+
+
+class Event(Protocol):
+    """A point in a stream."""
+
+    def done(self) -> bool:
+        """Whether everything before it in its stream has run."""
+
+    def wait(self) -> None:
+        """Make the host wait until it is done."""
+
+
+class Device(Protocol):
+    """A processor with memory and streams. Every method but `close` only queues work on a stream, and returns at once."""
+
+    torch_device: torch.device
+    side: Any
+    """The stream of what rises."""
+
+    def current(self) -> Any:
+        """The caller's current stream."""
+
+    def slots(self, num_slots: int, slot_bytes: int) -> torch.Tensor:
+        """Device memory, uint8[num_slots, slot_bytes], in one allocation."""
+
+    def view(self, memory: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """Host memory as kernels see it. It must come from `pinned` or have been given to `register`."""
+
+    def register(self, memory: npt.NDArray[np.uint8]) -> None:
+        """Pin memory that exists, until `close`."""
+
+    def pinned(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """New pinned host memory."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, stream: Any) -> torch.Tensor:
+        """A tensor that belongs to a stream."""
+
+    def upload(self, source: npt.NDArray[np.int32], target: torch.Tensor, stream: Any) -> None:
+        """Copy pinned host memory to the device."""
+
+    def fill(
+        self, sources: torch.Tensor, slots: torch.Tensor, upper: torch.Tensor, lower: torch.Tensor, stream: Any
+    ) -> None:
+        """upper[slots] = lower[sources]; int32[m] each."""
+
+    def gather(
+        self,
+        where: torch.Tensor,
+        upper: torch.Tensor,
+        lower: torch.Tensor,
+        staging: torch.Tensor,
+        out: torch.Tensor,
+        record: Record,
+        stream: Any,
+    ) -> None:
+        """Decode the records at places int32[n] into out: [n, dim], or copy them where out is uint8[n, record_bytes]."""
+
+    def record(self, stream: Any) -> Event:
+        """An event behind everything queued on the stream so far."""
+
+    def wait(self, stream: Any, event: Event) -> None:
+        """Make a stream wait for an event."""
+
+    def close(self) -> None:
+        """Wait for all work, and unpin what was registered."""
+
+
+class Parcel:
+    """Places on their way to the device: pinned memory, and the device's copy of it."""
+
+    def __init__(self, device: Device, size: int) -> None:
+        self.size = size
+        self.host = device.pinned(4 * size).view(np.int32)
+        self.target = device.slots(1, 4 * size).view(-1).view(torch.int32)
+        self.event: Event | None = None
+
+
+class Parcels:
+    """Parcels that are used again when they have arrived and been read. Safe from several threads."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._lock = threading.Lock()
+        self._idle: deque[Parcel] = deque()
+        self._made = 0
+
+    def send(self, places: npt.NDArray[np.int32], stream: Any, target: torch.Tensor | None = None) -> Parcel:
+        """Queue a copy of places to the device: to `target`, or the parcel's. `give_back` the parcel after its readers."""
+        parcel = self._parcel(places.size)
+        parcel.host[: places.size] = places
+        target = parcel.target[: places.size] if target is None else target
+        self._device.upload(parcel.host[: places.size], target, stream)
+        return parcel
+
+    def give_back(self, parcel: Parcel, event: Event) -> None:
+        """The parcel is free once the event is done."""
+        parcel.event = event
+        with self._lock:
+            self._idle.append(parcel)
+
+    def _parcel(self, size: int) -> Parcel:
+        with self._lock:
+            parcel = self._idle.popleft() if self._idle else None
+            if parcel is not None and self._made < MAX_PARCELS and parcel.event is not None and not parcel.event.done():
+                self._idle.appendleft(parcel)
+                parcel = None
+            self._made += parcel is None
+        if parcel is not None and parcel.event is not None:
+            parcel.event.wait()
+        if parcel is None or parcel.size < size:
+            return Parcel(self._device, max(256, 1 << (size - 1).bit_length()))
+        return parcel
+
+
+class StreamTier:
+    """A level above the host tier's, and its slots on a device; at most `most` rows rise in one batch.
+
+    `plan` and `release` are called under the store's lock, `gather` is not.
+    """
+
+    decodes = True
+
+    def __init__(self, level: Level, host: HostTier, most: int, device: Device) -> None:
+        self.level = level
+        self.device = device
+        self.torch_device = device.torch_device
+        self.capacity_bytes = level.capacity * host.stride
+        self._host, self._most = host, most
+        self._slots = device.slots(level.capacity, host.stride)
+        device.register(host.buffer.slots)
+        self._lower = device.view(host.buffer.slots)
+        self._no_rows = device.view(host.buffer.slots[:0])
+        self._parcels = Parcels(device)
+        self._last: Event | None = None
+        """Behind every copy so far."""
+
+    def room(self, size: int) -> StackPlan:
+        """Room for the plan of a batch."""
+        return StackPlan(size, above=True)
+
+    def plan(self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int) -> None:
+        """Plan a batch over both tiers, into new room, and queue the copies of what rises."""
+        plan_stack(self.level, self._host.level, plan, rows, num_reads, self._most, num_copies=1)
+        above = plan.above
+        assert above is not None
+        if above.fill.size:
+            self._raise(above.fill, above.held[above.hits :])
+        if above.fill.size or above.pending:
+            plan.after = self._last
+
+    def serve(
+        self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int, records: torch.Tensor, num_bytes: int
+    ) -> bool:
+        """`plan`; False, as nothing is served on the spot."""
+        self.plan(plan, rows, num_reads)
+        return False
+
+    def _raise(self, sources: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> None:
+        """Queue copies from host slots to device slots."""
+        side, size = self.device.side, sources.size
+        parcels = self._parcels.send(sources, side), self._parcels.send(slots, side)
+        self.device.fill(parcels[0].target[:size], parcels[1].target[:size], self._slots, self._lower, side)
+        self._last = self.device.record(side)
+        for parcel in parcels:
+            self._parcels.give_back(parcel, self._last)
+
+    def release(self, plan: StackPlan) -> None:
+        """Let go of the slots of a plan, in both tiers. What it raised has arrived."""
+        assert plan.above is not None
+        self.level.arrived(plan.above)
+        self.level.release(plan.above)
+        self._host.level.release(plan.below)
+
+    def gather(
+        self,
+        plan: StackPlan,
+        staging: npt.NDArray[np.uint8],
+        records: torch.Tensor,
+        record: Record,
+        stream: Any,
+    ) -> Event:
+        """Queue the decoding of a plan's rows into `records`, [n, dim], or uint8[n, record_bytes] for their bytes.
+
+        Returns an event behind it: until it is done, the plan's slots stay pinned and the staging area alive.
+        """
+        stream = self.device.current() if stream is None else stream
+        if plan.after is not None:
+            self.device.wait(stream, plan.after)
+        parcel = self._parcels.send(plan.where, stream)
+        view = self.device.view(staging) if len(staging) else self._no_rows
+        self.launch(parcel.target[: plan.where.size], view, records, record, stream)
+        event = self.device.record(stream)
+        self._parcels.give_back(parcel, event)
+        return event
+
+    def send(self, plan: StackPlan, target: torch.Tensor, stream: Any) -> None:
+        """Queue the way of a plan's places into a tensor of the device's, behind what they wait for."""
+        if plan.after is not None:
+            self.device.wait(stream, plan.after)
+        parcel = self._parcels.send(plan.where, stream, target)
+        self._parcels.give_back(parcel, self.device.record(stream))
+
+    def launch(
+        self, where: torch.Tensor, staging: torch.Tensor, out: torch.Tensor, record: Record, stream: Any
+    ) -> None:
+        """Queue a gather, and nothing else. where: int32[n] of the device; staging as the device sees it."""
+        stream = self.device.current() if stream is None else stream
+        self.device.gather(where, self._slots, self._lower, staging, out, record, stream)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, stream: Any) -> torch.Tensor:
+        """An output, of the stream that will write it."""
+        return self.device.empty(shape, dtype, stream)
+
+    def staging(self, num_rows: int) -> npt.NDArray[np.uint8]:
+        """A staging area in pinned memory, uint8[num_rows, stride]."""
+        stride = self._host.stride
+        return self.device.pinned(num_rows * stride).reshape(num_rows, stride)
+
+    def close(self) -> None:
+        """Wait until the device has done all that was queued."""
+        self.device.close()
