@@ -129,13 +129,16 @@ class FakeDevice:
             places = where.long()
             above = upper.shape[0]
             raw = torch.full((places.numel(), upper.shape[1]), 0xBB, dtype=torch.uint8)
+            outside = torch.ones_like(places, dtype=torch.bool)
             for low, high, memory, offset in (
                 (0, above, upper, 0),
                 (above, above + lower.shape[0], lower, above),
                 (-staging.shape[0], 0, staging.flip(0), -staging.shape[0]),
             ):
                 inside = (places >= low) & (places < high)
+                outside &= ~inside
                 raw[inside] = memory[places[inside] - offset]
+            self.num_faults += bool(outside.any())
             raw = raw[:, : record.record_bytes]
             rows = out.view(-1, out.shape[-1])
             rows.copy_(raw if out.dtype == torch.uint8 else record.decode(raw.contiguous(), out.dtype))

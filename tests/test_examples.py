@@ -1,7 +1,9 @@
 """The examples and the README's code run as they stand."""
 
 import importlib.util
+import inspect
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tiercache.config import StoreConfig
+from tiercache.config import HostConfig, StorageConfig, StoreConfig
+from tiercache.policies import POLICIES
+from tiercache.records import plain
+from tiercache.storage.pack import pack_rows
 from tiercache.store import Store
+from tiercache.testing import OracleSource
 
 _ROOT = Path(__file__).parent.parent
 
@@ -53,6 +59,27 @@ def test_the_example_config_has_every_setting_and_only_those() -> None:
     assert set(given["storage"]) == set(type(config.storage).model_fields)
     assert set(given["tables"][0]) == set(type(config.tables[0]).model_fields)
     assert config.tables[0].path == _ROOT / "examples" / "model.safetensors.index.json"
+
+
+def test_the_example_config_shows_the_defaults() -> None:
+    text = (_ROOT / "examples" / "store.toml").read_text(encoding="utf-8")
+    host = StoreConfig.load(_ROOT / "examples" / "store.toml").host
+    parameters = inspect.signature(POLICIES[host.policy].init).parameters
+    assert host.policy_options == {name: parameters[name].default for name in POLICIES[host.policy].parameters}
+    given = StoreConfig.load(tomllib.loads(text))
+    assert (given.storage, given.host.policy, given.dtype) == (StorageConfig(), HostConfig().policy, StoreConfig().dtype)
+
+
+def test_the_example_config_serves_a_packed_table_as_its_comment_says(tmp_path: Path) -> None:
+    pack_rows(OracleSource(9, plain("U8", 16)), tmp_path / "packed")
+    text = (_ROOT / "examples" / "store.toml").read_text(encoding="utf-8")
+    assert "leave out the next two" in text
+    config = tomllib.loads("\n".join(line for line in text.splitlines() if not line.startswith(("fields =", "resident ="))))
+    config["table"][0]["path"] = str(tmp_path / "packed")
+    config["host"]["capacity"] = "1MiB"
+    del config["device"]
+    with Store.open(config) as store:
+        assert store.fetch(range(9)).shape == (9, 16)
 
 
 def test_the_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,28 @@ def test_the_host_waits_where_too_many_places_are_on_their_way():
             assert np.array_equal(result.numpy()[0], RECORDS[number % 5])
 
 
+@pytest.mark.parametrize("call", ["fetch", "prefetch"])
+@pytest.mark.parametrize("name", ["fill", "record", "upload"])
+def test_what_was_not_copied_has_not_risen(monkeypatch, name, call):
+    device = FakeDevice(random.Random(3).randrange)
+    with open_store(device, capacity=40, device_capacity=40, most=40) as store:
+        store.fetch(range(10), raw=True)
+
+        def fail(*arguments):
+            raise MemoryError
+
+        monkeypatch.setattr(device, name, fail)
+        with pytest.raises(MemoryError):
+            getattr(store, call)(range(10))
+        monkeypatch.undo()
+        for _ in range(3):
+            fetched = store.fetch(range(10), raw=True)
+            device.run_all()
+            assert np.array_equal(fetched.numpy(), RECORDS[:10])
+        store.check()
+        assert store.stats().flights == 0
+
+
 def test_close_waits_for_the_device():
     device = FakeDevice(lambda n: 0)
     store = open_store(device)
@@ -170,6 +192,9 @@ def test_a_captured_launch_serves_whatever_was_loaded(seed):
     draw = np.random.default_rng(seed)
     with open_store(device, capacity=8) as store:
         static = store.static_fetch((3, 4), raw=True)
+        with pytest.raises(RuntimeError, match="loaded before"):
+            static.launch()
+        static.load(np.zeros((3, 4), np.int64), "main")
         capture(device, static)
         kept = []
         for number in range(40):
@@ -197,8 +222,8 @@ def test_a_load_that_fails_leaves_the_last_one_in_place():
     device = FakeDevice(random.Random(1).randrange)
     with open_store(device) as store:
         static = store.static_fetch((2,), raw=True)
-        capture(device, static)
         static.load([1, 2])
+        capture(device, static)
         with pytest.raises(ValueError, match=r"shape \(3,\); this static fetch is of \(2,\)"):
             static.load([1, 2, 3])
         with pytest.raises(IndexError):

@@ -65,6 +65,7 @@ class StaticFetch:
         """Make the rows of these indices, of the shape given at the start, ready for the next launch on this stream.
 
         Raises as `Store.fetch`, and ValueError for another shape; then the next launch gives the rows of the last load again.
+        An error of the device's own leaves `out` undefined until the next load.
         Waits for the disk; for the device only where the launch before the last has not run.
         """
         rows, shape = rows_of(indices, self._table, self._tier.torch_device)
@@ -73,6 +74,7 @@ class StaticFetch:
         stream = self._tier.device.current() if stream is None else stream
         half = self._loads % 2
         before = self._halves[half]
+        self._retire(before, stream)
         if before is not None and before.event is not None:
             before.event.wait()
         flight = Flight(self._table, shape, self._tier.room(rows.size))
@@ -81,33 +83,41 @@ class StaticFetch:
             self._store._load(flight, rows)
             where = flight.plan.where
             where[where < 0] -= half * rows.size
-            self._tier.send(flight.plan, self._where, stream)
+            flight.event = Unreached()
+            self._halves[half] = flight
         except BaseException:
+            flight.event = None
             if flight.job is not None:  # its reads land in the half that the next load uses
                 flight.job.end()
             self._store._give_up(flight)
             raise
-        self._retire(stream)
-        flight.event = Unreached()
-        self._halves[half] = flight
         self._stream = stream
         self._loads += 1
+        self._tier.send(flight.plan, self._where, stream)
+        self._retire(self._halves[1 - half], stream)
 
     def launch(self, stream: Any = None) -> None:
-        """Queue the gather into `out`. This is what a graph captures."""
+        """Queue the gather into `out`. This is what a graph captures. RuntimeError before the first load."""
+        if not self._loads:
+            raise RuntimeError("a static fetch is loaded before it is launched or captured")
         self._tier.launch(self._where, self._view, self.out, self._table.record, stream)
 
     def close(self) -> None:
         """Let go of the last load's slots, once the stream of that load has done what is queued on it now."""
-        self._retire(self._stream)
+        for flight in self._halves:
+            self._retire(flight, self._stream)
 
     def __del__(self) -> None:
+        # The store's lock must not be taken here: the collector may run while its thread holds another.
         if "_loads" in self.__dict__ and self._store._process == os.getpid():
-            self.close()
+            for flight in self._halves:
+                if flight is not None and not flight.ended:
+                    flight.event = self._tier.device.record(self._stream)
+                    flight.ended = True
+                    self._store._abandoned.append(flight)
 
-    def _retire(self, stream: Any) -> None:
-        """The last load's launch is queued on the stream: its slots are free behind it."""
-        last = self._halves[(self._loads + 1) % 2]
-        if last is not None and isinstance(last.event, Unreached):
-            last.event = self._tier.device.record(stream)
-            self._store._retire(last)
+    def _retire(self, flight: Flight | None, stream: Any) -> None:
+        """The launch of a load is queued on the stream: its slots are free behind it."""
+        if flight is not None and not flight.ended:
+            flight.event = self._tier.device.record(stream)
+            self._store._retire(flight)

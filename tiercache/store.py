@@ -219,7 +219,9 @@ class Store:
         return self._decoded(wanted, records, result)
 
     def prefetch(self, indices: Any, *, deadline: float | None = None, table: str | None = None) -> Ticket:
-        """Begin to bring rows into the tier, and return at once.
+        """Begin to bring rows into the tier, and return without waiting for the reads.
+
+        What it does itself is to plan them: about half a microsecond a row, so 50 ms for 100,000 rows.
 
         indices and table are as in `fetch`, and so are the errors. deadline: seconds from now until the rows are needed;
         reads are ordered by it. Without one they come after the fetches. `take` the ticket, or `fetch` the rows: both wait

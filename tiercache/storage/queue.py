@@ -8,7 +8,8 @@ A *job* is one plan's reads. It lies in the caller's memory, as int64 tables tha
     result  [8]     what became of it
 
 AT is a linear address over all files (`file << 44 | offset`). `jobs` holds one line a job in progress. The engine takes the
-job that is due first; being due is `max(deadline, now + a fair time for its length)`, so a small job overtakes a big one
+job that is due first. Its clock counts reads, not time, so that order does not depend on how fast the disk is just now: a job
+is due after as many reads as it has itself, or as fit before its deadline if that is later. So a small job overtakes a big one
 unless that is nearly done, and nothing starves. A job's wanted bytes are taken first, out of the jobs that hold them.
 
 A piece's flag is an int8 count of the pieces that its slot still waits for. It falls by one with each that arrives; a
@@ -55,15 +56,15 @@ DONE, ERRNO, FAILED_AT, FAILED_LENGTH, FAILED_READS, BAD_PAGE, QUEUED = range(7)
 SERIAL, DUE, READS, NUM_READS, CURSOR, LEFT, PIECES, WANTED, NUM_WANTED, RESULT = range(10)
 """Columns of `jobs`; a line whose SERIAL is 0 is free."""
 
-STOP, NEXT_SERIAL, WATCHERS, READS_DONE, BYTES_READ, ACTIVE, BROKEN = range(7)
-"""Columns of `control`: end; last serial; threads that watch flags; reads and bytes completed; jobs; fatal errno."""
+STOP, NEXT_SERIAL, WATCHERS, READS_DONE, BYTES_READ, ACTIVE, BROKEN, CLOCK = range(8)
+"""Columns of `control`: end; last serial; threads that watch flags; reads and bytes done; jobs; fatal errno; reads taken."""
 
 FAILED = -64
 """Added to a flag when one of its pieces could not be read."""
 
 EIO, ECANCELED, EUCLEAN, ENODATA, ESTALE = 5, 125, 117, 61, 116
 FAIR_NS = 12_000
-"""Time that a fair share grants one read, in ns."""
+"""Time of one read, in ns, by which deadlines become counts of reads."""
 
 SCRATCH_BYTES = 16 + IDENTITY_BYTES
 """What a thread that finishes reads needs beside them."""
@@ -133,7 +134,7 @@ def submit(queue: Any, reads: Any, pieces: Any, wanted: Any, result: Any, deadli
 
     The arrays must stay alive until result[DONE] is set. `deadline_ns` is of the monotonic clock.
     """
-    due = max(deadline_ns, clock_ns(np.empty(2, np.int64), 1) + FAIR_NS * reads.shape[0])
+    ahead = max(reads.shape[0], (deadline_ns - clock_ns(np.empty(2, np.int64), 1)) // FAIR_NS)
     serial = 0
     lock(_mutex(queue))
     if queue.control[BROKEN] != 0 or queue.control[STOP] != 0:
@@ -145,7 +146,7 @@ def submit(queue: Any, reads: Any, pieces: Any, wanted: Any, result: Any, deadli
                 queue.control[ACTIVE] += 1
                 serial = queue.control[NEXT_SERIAL]
                 job = queue.jobs[line]
-                job[DUE], job[READS], job[NUM_READS] = due, reads.ctypes.data, reads.shape[0]
+                job[DUE], job[READS], job[NUM_READS] = queue.control[CLOCK] + ahead, reads.ctypes.data, reads.shape[0]
                 job[CURSOR], job[LEFT], job[PIECES] = 0, reads.shape[0], pieces.ctypes.data
                 job[WANTED], job[NUM_WANTED], job[RESULT] = wanted.ctypes.data, wanted.size, result.ctypes.data
                 job[SERIAL] = serial
@@ -232,6 +233,7 @@ def take(queue: Any) -> tuple[int, int]:
         entry = read_at(queue, line, read)
         if get(entry, TAKEN) == 0:
             store64(entry + 8 * TAKEN, 1)
+            queue.control[CLOCK] += 1
             return int64(line), int64(read)
 
 
@@ -351,12 +353,12 @@ def fail_all(queue: Any, errno: int) -> None:
 
 @jit
 def hasten(queue: Any, serial: int) -> None:
-    """Somebody waits for this job now: it is due after a fair time for what is left of it."""
+    """Somebody waits for this job now: it is due after as many reads as are left of it."""
     lock(_mutex(queue))
     line = _find_line(queue, serial)
     if line >= 0 and serial > 0:
         job = queue.jobs[line]
-        job[DUE] = min(job[DUE], clock_ns(np.empty(2, np.int64), 1) + FAIR_NS * (job[NUM_READS] - job[CURSOR]))
+        job[DUE] = min(job[DUE], queue.control[CLOCK] + job[NUM_READS] - job[CURSOR])
     unlock(_mutex(queue))
 
 

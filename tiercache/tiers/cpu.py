@@ -38,18 +38,26 @@ class CpuTier:
 
     def plan(self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int) -> None:
         """Plan a batch over both tiers, into new room, and copy up what rises."""
-        plan_stack(self.level, self._host.level, plan, rows, num_reads, self._most)
-        self._fill(plan)
+        self._plan(plan, rows, num_reads, idly=False)
 
     def serve(
         self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int, records: torch.Tensor, num_bytes: int
     ) -> bool:
         """Plan a batch; True if this tier had every row: then its records, of `num_bytes` bytes, are in `records`."""
-        served = plan_stack(self.level, self._host.level, plan, rows, num_reads, self._most, idly=True)
+        served = self._plan(plan, rows, num_reads, idly=True)
         if served:
             gather_to(plan.where, self._resident, records.data_ptr(), num_bytes)
-        else:
+        return served
+
+    def _plan(self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int, *, idly: bool) -> bool:
+        """What rises is copied before anybody else may look; if that is interrupted, it has not risen."""
+        try:
+            served = plan_stack(self.level, self._host.level, plan, rows, num_reads, self._most, idly=idly)
             self._fill(plan)
+        except BaseException:
+            assert plan.above is not None
+            self.level.forget(plan.above)
+            raise
         return served
 
     def release(self, plan: StackPlan) -> None:

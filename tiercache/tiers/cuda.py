@@ -69,7 +69,8 @@ class CudaDevice:
 
     def slots(self, num_slots: int, slot_bytes: int) -> torch.Tensor:
         """Device memory, uint8[num_slots, slot_bytes], in one allocation."""
-        return torch.empty((num_slots, slot_bytes), dtype=torch.uint8, device=self.torch_device)
+        with torch.cuda.stream(self.side):  # its pool gives out nothing that another stream may still use
+            return torch.empty((num_slots, slot_bytes), dtype=torch.uint8, device=self.torch_device)
 
     def register(self, memory: npt.NDArray[np.uint8]) -> None:
         """Pin memory that exists, page by page as it is: nothing is rounded up. It stays pinned as long as this object."""
@@ -89,10 +90,11 @@ class CudaDevice:
         """
         if memory.size == 0:
             return torch.empty(memory.shape, dtype=torch.uint8, device=self.torch_device)
-        address = self._cupy.cuda.runtime.hostGetDevicePointer(memory.ctypes.data, 0)
+        address = self._cupy.cuda.runtime.pointerGetAttributes(memory.ctypes.data).devicePointer
         unowned = self._cupy.cuda.UnownedMemory(address, memory.nbytes, memory, self.torch_device.index)
         array = self._cupy.ndarray(memory.shape, self._cupy.uint8, self._cupy.cuda.MemoryPointer(unowned, 0))
-        tensor = torch.as_tensor(array, device=self.torch_device)
+        with torch.cuda.device(self.torch_device):
+            tensor = torch.as_tensor(array, device=self.torch_device)
         if tensor.data_ptr() != address:
             raise RuntimeError(f"pinned memory of {self.torch_device} was copied, not viewed")
         return tensor
@@ -104,10 +106,11 @@ class CudaDevice:
 
     def upload(self, source: npt.NDArray[np.int32], target: torch.Tensor, stream: torch.cuda.Stream) -> None:
         """Copy pinned host memory to the device."""
-        kind = self._cupy.cuda.runtime.memcpyHostToDevice
-        self._cupy.cuda.runtime.memcpyAsync(
-            target.data_ptr(), source.ctypes.data, source.nbytes, kind, stream.cuda_stream
-        )
+        runtime = self._cupy.cuda.runtime
+        with torch.cuda.device(self.torch_device):
+            runtime.memcpyAsync(
+                target.data_ptr(), source.ctypes.data, source.nbytes, runtime.memcpyHostToDevice, stream.cuda_stream
+            )
 
     def fill(
         self, sources: torch.Tensor, slots: torch.Tensor, upper: torch.Tensor, lower: torch.Tensor, stream: Any

@@ -111,11 +111,14 @@ class Parcels:
         self._device = device
         self._lock = threading.Lock()
         self._idle: deque[Parcel] = deque()
+        self._sent: set[Parcel] = set()
+        """Given to a caller. One that is never given back, as its caller failed, stays here: its copy may be under way."""
         self._made = 0
 
     def send(self, places: npt.NDArray[np.int32], stream: Any, target: torch.Tensor | None = None) -> Parcel:
         """Queue a copy of places to the device: to `target`, or the parcel's. `give_back` the parcel after its readers."""
         parcel = self._parcel(places.size)
+        self._sent.add(parcel)
         parcel.host[: places.size] = places
         target = parcel.target[: places.size] if target is None else target
         self._device.upload(parcel.host[: places.size], target, stream)
@@ -124,16 +127,18 @@ class Parcels:
     def give_back(self, parcel: Parcel, event: Event) -> None:
         """The parcel is free once the event is done."""
         parcel.event = event
-        with self._lock:
-            self._idle.append(parcel)
+        self._idle.append(parcel)
+        self._sent.discard(parcel)
 
     def _parcel(self, size: int) -> Parcel:
         with self._lock:
             parcel = self._idle.popleft() if self._idle else None
-            if parcel is not None and self._made < MAX_PARCELS and parcel.event is not None and not parcel.event.done():
-                self._idle.appendleft(parcel)
-                parcel = None
-            self._made += parcel is None
+            may_make = self._made < MAX_PARCELS
+        if parcel is not None and may_make and parcel.event is not None and not parcel.event.done():
+            self._idle.appendleft(parcel)
+            parcel = None
+        if parcel is None:
+            self._made += 1
         if parcel is not None and parcel.event is not None:
             parcel.event.wait()
         if parcel is None or parcel.size < size:
@@ -169,11 +174,15 @@ class StreamTier:
 
     def plan(self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int) -> None:
         """Plan a batch over both tiers, into new room, and queue the copies of what rises."""
-        plan_stack(self.level, self._host.level, plan, rows, num_reads, self._most, num_copies=1)
         above = plan.above
         assert above is not None
-        if above.fill.size:
-            self._raise(above.fill, above.held[above.hits :])
+        try:
+            plan_stack(self.level, self._host.level, plan, rows, num_reads, self._most, num_copies=1)
+            if above.fill.size:
+                self._raise(above.fill, above.held[above.hits :])
+        except BaseException:
+            self.level.forget(above)  # what is not copied has not risen
+            raise
         if above.fill.size or above.pending:
             plan.after = self._last
 
