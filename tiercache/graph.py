@@ -17,10 +17,10 @@ The slots of a load stay pinned until the next one, whose stream is then behind 
 that the disk fills one while a replay reads the other.
 """
 
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from tiercache.flight import Flight
@@ -53,7 +53,7 @@ class StaticFetch:
     def __init__(self, store: "Store", tier: "StreamTier", table: "Table", shape: tuple[int, ...], out: torch.Tensor) -> None:
         self.out = out
         self._store, self._tier, self._table, self._shape = store, tier, table, shape
-        size = int(np.prod(shape, dtype=np.int64))
+        size = math.prod(shape)
         self._where = tier.device.slots(1, 4 * max(size, 1)).view(-1).view(torch.int32)[:size]
         self._staging = tier.staging(2 * size)
         self._view = tier.device.view(self._staging)
@@ -108,16 +108,15 @@ class StaticFetch:
             self._retire(flight, self._stream)
 
     def __del__(self) -> None:
-        # The store's lock must not be taken here: the collector may run while its thread holds another.
         if "_loads" in self.__dict__ and self._store._process == os.getpid():
-            for flight in self._halves:
-                if flight is not None and not flight.ended:
-                    flight.event = self._tier.device.record(self._stream)
-                    flight.ended = True
-                    self._store._abandoned.append(flight)
+            self.close()
 
     def _retire(self, flight: Flight | None, stream: Any) -> None:
-        """The launch of a load is queued on the stream: its slots are free behind it."""
+        """The launch of a load is queued on the stream: its slots are free behind it.
+
+        Takes no lock, as the collector may come here while its thread holds one: later calls of the store let go of it.
+        """
         if flight is not None and not flight.ended:
             flight.event = self._tier.device.record(stream)
-            self._store._retire(flight)
+            flight.ended = True
+            self._store._abandoned.append(flight)

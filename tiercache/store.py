@@ -17,19 +17,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tiercache.config import StoreConfig, TierConfig
+from tiercache.assemble import level_of, options_of, stats_of
+from tiercache.config import StoreConfig
 from tiercache.errors import ClosedError, ConfigError, StorageError
 from tiercache.flight import Flight, Ticket
 from tiercache.graph import StaticFetch
-from tiercache.level import BYPASSES, HITS, MAX_PINS, MISSES, PINNED, SLOT, Level, pending_of
-from tiercache.policies import POLICIES
+from tiercache.level import MAX_PINS, PINNED, SLOT, pending_of
 from tiercache.request import Table, checked, rows_of, with_values
 from tiercache.source import Source
-from tiercache.stats import LevelStats, StoreStats
+from tiercache.stats import StoreStats
 from tiercache.storage import open_table
 from tiercache.storage import queue as q
 from tiercache.storage.disk import Disk
-from tiercache.storage.memory import read_rows, sources_of
+from tiercache.storage.memory import sources_of
 from tiercache.storage.reader import Reader, SourceReader
 from tiercache.storage.reads import Targets
 from tiercache.storage.table import FileTable
@@ -71,10 +71,10 @@ class Store:
         unit = 8 if config.device is None else 16
         self._stride = -(-max(table.record.record_bytes for table in tables.values()) // unit) * unit
         num_rows = sum(table.num_rows for table in tables.values())
-        self._host = HostTier(_level("host", config.host, options, self._stride, num_rows), self._stride)
+        self._host = HostTier(level_of("host", config.host, options, self._stride, num_rows), self._stride)
         self._device: DeviceTier | None = None
         if config.device is not None:
-            level = _level("device", config.device, options, self._stride, num_rows)
+            level = level_of("device", config.device, options, self._stride, num_rows)
             most = config.device.promotion // self._stride
             if not most:
                 raise ConfigError(
@@ -134,7 +134,7 @@ class Store:
             raise ConfigError("table: is required; a store needs at least one table")
         num_rows = sum(table.num_rows for table in described.values())
         tiers = {"host": settings.host, "device": settings.device}
-        options = {name: _options(name, tier, num_rows) for name, tier in tiers.items() if tier is not None}
+        options = {name: options_of(name, tier, num_rows) for name, tier in tiers.items() if tier is not None}
         store = cls(settings, described, options)
         for note in store._disk.notes if store._disk else ():
             warnings.warn(f"tiercache: {note}", RuntimeWarning, stacklevel=2)
@@ -233,12 +233,8 @@ class Store:
         rows, shape = rows_of(indices, wanted, self._top.torch_device)
         due = time.monotonic_ns() + (_PATIENCE_NS if deadline is None else int(min(deadline, 1e9) * 1e9))
         flight = Flight(wanted, shape, self._top.room(rows.size))
-        self._require_here()
         try:
-            with self._lock:
-                self._enter(flight)
-                self._top.plan(flight.plan, rows, wanted.reader.num_reads)
-                self._begin(flight)
+            self._plan(flight, rows)
             self._read(flight, due)
             return Ticket(self, flight, self._abandoned.append)
         except BaseException:
@@ -272,9 +268,9 @@ class Store:
                 fetches=self._fetches,
                 rows=self._rows,
                 flights=len(self._flights),
-                host=_stats(self._host),
+                host=stats_of(self._host),
                 storage=self._disk.stats() if self._disk else None,
-                device=None if self._device is None else _stats(self._device),
+                device=None if self._device is None else stats_of(self._device),
             )
 
     def check(self) -> None:
@@ -349,6 +345,14 @@ class Store:
         if records is not result:
             table.record.decode_to(records, result.view(-1, table.record.dim))
         return result
+
+    def _plan(self, flight: Flight, rows: npt.NDArray[np.int64]) -> None:
+        """Plan a flight, which the store knows from now on."""
+        self._require_here()
+        with self._lock:
+            self._enter(flight)
+            self._top.plan(flight.plan, rows, flight.table.reader.num_reads)
+            self._begin(flight)
 
     def _enter(self, flight: Flight) -> None:
         """A flight begins, if the store serves and has room for it; the store knows it from now on. Under the lock."""
@@ -471,19 +475,10 @@ class Store:
 
     def _load(self, flight: Flight, rows: npt.NDArray[np.int64]) -> None:
         """For a StaticFetch, which gives the flight up where this raises: bring its rows to its places, and hold them."""
-        self._require_here()
-        with self._lock:
-            self._enter(flight)
-            self._top.plan(flight.plan, rows, flight.table.reader.num_reads)
-            self._begin(flight)
+        self._plan(flight, rows)
         self._read(flight, 0)
         if flight.job is not None:
             self._await(flight)
-
-    def _retire(self, flight: Flight) -> None:
-        """For a StaticFetch: let go of a flight once its event is done."""
-        with self._lock:
-            self._end(flight)
 
     def _raise_error(self, flight: Flight, job: Any) -> None:
         """StorageError where a job failed, ClosedError where it did because of `close`."""
@@ -530,56 +525,6 @@ class Store:
             if not flight.ended and flight.job is not None and not flight.table.reader.brought(flight.job):
                 self._host.level.forget(flight.plan.below)
             self._let_go(flight)
-
-
-def _level(
-    tier: str, config: TierConfig, options: Mapping[str, Mapping[str, Any]], stride: int, num_rows: int
-) -> Level:
-    """The books of a tier: as many slots as fit its bytes, and never more than there are rows.
-
-    ConfigError where not one fits, or the policy does not take these parameters.
-    """
-    if config.capacity < stride:
-        raise ConfigError(
-            f"{tier}.capacity = {config.capacity}: holds no row of {stride} bytes; allowed are {stride} bytes or more"
-        )
-    capacity = min(config.capacity // stride, num_rows, 2**30)
-    try:
-        return Level(POLICIES[config.policy], capacity, options[tier], num_rows)
-    except (TypeError, ValueError) as error:
-        given = {name: value for name, value in options[tier].items() if not isinstance(value, np.ndarray)}
-        takes = ", ".join(POLICIES[config.policy].parameters) or "no options"
-        message = f"{tier}.policy_options = {given}: policy {config.policy!r} refuses them: {error}; it takes {takes}"
-        raise ConfigError(message) from error
-
-
-def _options(tier: str, config: TierConfig, num_rows: int) -> dict[str, Any]:
-    """Parameters of a tier's policy. ConfigError where a row of its hot set is none of the store's: it is of other tables."""
-    options: dict[str, Any] = dict(config.policy_options)
-    if config.hot_set is not None:
-        rows = read_rows(config.hot_set)
-        wrong = rows[(rows < 0) | (rows >= num_rows)]
-        if wrong.size:
-            path = str(config.hot_set)
-            raise ConfigError(f"{tier}.hot_set = {path!r}: has row {wrong[0]}; allowed are rows 0 to {num_rows - 1}")
-        options["hot_rows"] = rows
-    return options
-
-
-def _stats(tier: HostTier | DeviceTier) -> LevelStats:
-    """Counts of a tier. Under the lock."""
-    level, counters = tier.level, tier.level.counters
-    return LevelStats(
-        policy=level.policy.name,
-        capacity_slots=level.capacity,
-        capacity_bytes=tier.capacity_bytes,
-        bookkeeping_bytes=level.nbytes,
-        used_slots=int(np.count_nonzero(level.slots["key"] >= 0)),
-        pinned_slots=int(counters[PINNED]),
-        hits=int(counters[HITS]),
-        misses=int(counters[MISSES]),
-        bypasses=int(counters[BYPASSES]),
-    )
 
 
 _NO_ROWS = np.empty(0, np.int64)

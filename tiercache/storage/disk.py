@@ -12,7 +12,6 @@ from tiercache.storage import queue as q
 from tiercache.storage.checksum import PAGE_BYTES
 from tiercache.storage.engine import Engine
 from tiercache.storage.files import OpenFiles, open_files
-from tiercache.storage.identity import addresses_of
 from tiercache.storage.probe import Choice, start_engine
 from tiercache.storage.reader import FileReader
 from tiercache.storage.reads import FILE_BITS, Files, bounce_bytes, longest_piece, new_layout
@@ -55,7 +54,7 @@ class Disk:
             self._files.descriptors,
             np.array([file.size for file in self._files.files], np.int64),
             _addresses(sums, len(self._files.files)),
-            addresses_of(self._files.identities),
+            np.array([identity.ctypes.data for identity in self._files.identities], np.int64),
         )
         alignment = max(self._files.alignment, PAGE_BYTES) if verify else self._files.alignment
         first_file = 0

@@ -57,8 +57,6 @@ def open_files(files: Sequence[TableFile], *, direct: bool) -> OpenFiles:
                 os.close(descriptor)
             descriptors.clear()
             descriptors.extend(_open(file, 0) for file in files)
-        for descriptor, file in zip(descriptors, files, strict=True):
-            require_unchanged(descriptor, file)
         identities = tuple(map(identity_of, descriptors))
         for descriptor, file in zip(descriptors, files, strict=True):
             require_unchanged(descriptor, file)

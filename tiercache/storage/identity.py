@@ -1,7 +1,5 @@
 """What a file was when its table was opened: inode, size, time of change. Looked at again after each read, in compiled code."""
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -47,7 +45,3 @@ def changed(descriptor: int, identity: int, scratch: int) -> int:
     )
     return int64(0) if same else int64(1)
 
-
-def addresses_of(identities: Any) -> npt.NDArray[np.int64]:
-    """int64[n], for the reads of files."""
-    return np.array([identity.ctypes.data for identity in identities], np.int64)

@@ -11,18 +11,14 @@ import torch
 
 from tiercache.level import Level
 from tiercache.native import PREFETCH_BYTES, copy, int64, lean, prefetch
-from tiercache.records import Record
 from tiercache.stack import StackPlan, plan_stack
-from tiercache.tiers.host import HostBuffer, HostTier, Memories, gather_to
+from tiercache.tiers.host import CpuMemory, HostBuffer, HostTier, Memories, gather_to
 
 _AHEAD = 16
 
 
-class CpuTier:
+class CpuTier(CpuMemory):
     """A level above the host tier's, and its buffer; at most `most` rows rise in one batch. The store locks."""
-
-    torch_device = torch.device("cpu")
-    decodes = False
 
     def __init__(self, level: Level, host: HostTier, most: int) -> None:
         self.level = level
@@ -30,7 +26,7 @@ class CpuTier:
         self._host, self._most = host, most
         self._buffer = HostBuffer(level.capacity, host.stride)
         self._address: int = self._buffer.slots.ctypes.data
-        self._resident = Memories(self._address, level.capacity, host.address, 0, host.stride)
+        super().__init__(Memories(self._address, level.capacity, host.address, 0, host.stride))
 
     def room(self, size: int) -> StackPlan:
         """Room for the plan of a batch."""
@@ -66,34 +62,11 @@ class CpuTier:
         self.level.release(plan.above)
         self._host.level.release(plan.below)
 
-    def gather(
-        self,
-        plan: StackPlan,
-        staging: npt.NDArray[np.uint8],
-        records: torch.Tensor,
-        record: Record,
-        stream: None,
-    ) -> None:
-        """Copy the records of a plan's places to `records`. staging: uint8[s, stride]."""
-        memories = self._resident._replace(staging=staging.ctypes.data)
-        gather_to(plan.where, memories, records.data_ptr(), record.record_bytes)
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, stream: None) -> torch.Tensor:
-        """An output."""
-        return torch.empty(shape, dtype=dtype, device="cpu")
-
-    def staging(self, num_rows: int) -> npt.NDArray[np.uint8]:
-        """A staging area, uint8[num_rows, stride]."""
-        return self._host.staging(num_rows)
-
-    def close(self) -> None:
-        """Nothing is on its way."""
-
     def _fill(self, plan: StackPlan) -> None:
         assert plan.above is not None
         sources, slots = plan.above.fill, plan.above.held[plan.above.hits :]
         if sources.size:
-            _fill(sources, slots, self._host.address, self._address, self._host.stride)
+            _fill(sources, slots, self._host.address, self._address, self.stride)
 
 
 @lean

@@ -12,7 +12,6 @@ The host waits for the device in three cases only: at `close`, if `MAX_PARCELS` 
 indices come from the device.
 """
 
-import threading
 from collections import deque
 from typing import Any, Protocol
 
@@ -105,11 +104,10 @@ class Parcel:
 
 
 class Parcels:
-    """Parcels that are used again when they have arrived and been read. Safe from several threads."""
+    """Parcels that are used again when they have arrived and been read. Safe from several threads, and takes no lock."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._lock = threading.Lock()
         self._idle: deque[Parcel] = deque()
         self._sent: set[Parcel] = set()
         """Given to a caller. One that is never given back, as its caller failed, stays here: its copy may be under way."""
@@ -131,19 +129,24 @@ class Parcels:
         self._sent.discard(parcel)
 
     def _parcel(self, size: int) -> Parcel:
-        with self._lock:
-            parcel = self._idle.popleft() if self._idle else None
-            may_make = self._made < MAX_PARCELS
-        if parcel is not None and may_make and parcel.event is not None and not parcel.event.done():
-            self._idle.appendleft(parcel)
-            parcel = None
-        if parcel is None:
-            self._made += 1
-        if parcel is not None and parcel.event is not None:
+        try:
+            parcel = self._idle.popleft()
+        except IndexError:
+            return self._new(size)
+        if parcel.event is not None and not parcel.event.done():
+            if self._made < MAX_PARCELS:
+                self._idle.appendleft(parcel)
+                return self._new(size)
             parcel.event.wait()
-        if parcel is None or parcel.size < size:
-            return Parcel(self._device, max(256, 1 << (size - 1).bit_length()))
-        return parcel
+        return parcel if parcel.size >= size else Parcel(self._device, _parcel_size(size))
+
+    def _new(self, size: int) -> Parcel:
+        self._made += 1
+        return Parcel(self._device, _parcel_size(size))
+
+
+def _parcel_size(size: int) -> int:
+    return max(256, 1 << (size - 1).bit_length())
 
 
 class StreamTier:

@@ -102,41 +102,17 @@ def gather_to(where: npt.NDArray[np.int32], memories: Memories, out: int, num_by
         gather_streaming(where, memories, out, num_bytes, buffer.ctypes.data)
 
 
-class HostTier:
-    """A level and its buffer. Not safe from several threads: the store locks."""
+class CpuMemory:
+    """What tiers share whose memory the CPU reads: everything is done when a call returns, and there are no streams."""
 
     torch_device = torch.device("cpu")
     decodes = False
     """Whether `gather` writes decoded rows; else it writes records."""
 
-    def __init__(self, level: Level, stride: int) -> None:
-        self.level = level
-        self.stride = stride
-        self.buffer = HostBuffer(level.capacity, stride)
-        self.capacity_bytes: int = self.buffer.slots.nbytes
-        self.address: int = self.buffer.slots.ctypes.data
-        self._resident = Memories(0, 0, self.address, 0, stride)
-
-    def room(self, size: int) -> StackPlan:
-        """Room for the plan of a batch."""
-        return StackPlan(size, above=False)
-
-    def plan(self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int) -> None:
-        """Plan a batch, into new room."""
-        self.level.plan_into(plan.below, rows, num_reads)
-
-    def serve(
-        self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int, records: torch.Tensor, num_bytes: int
-    ) -> bool:
-        """Plan a batch; True if every row was resident: then its records, of `num_bytes` bytes, are in `records`."""
-        served = self.level.plan_into(plan.below, rows, num_reads, idly=True)
-        if served:
-            gather_to(plan.where, self._resident, records.data_ptr(), num_bytes)
-        return served
-
-    def release(self, plan: StackPlan) -> None:
-        """Let go of the slots of a plan."""
-        self.level.release(plan.below)
+    def __init__(self, resident: Memories) -> None:
+        self.stride = resident.stride
+        self._resident = resident
+        """Where slots are, without a staging area."""
 
     def gather(
         self,
@@ -160,3 +136,35 @@ class HostTier:
 
     def close(self) -> None:
         """Nothing is on its way."""
+
+
+class HostTier(CpuMemory):
+    """A level and its buffer. Not safe from several threads: the store locks."""
+
+    def __init__(self, level: Level, stride: int) -> None:
+        self.level = level
+        self.buffer = HostBuffer(level.capacity, stride)
+        self.capacity_bytes: int = self.buffer.slots.nbytes
+        self.address: int = self.buffer.slots.ctypes.data
+        super().__init__(Memories(0, 0, self.address, 0, stride))
+
+    def room(self, size: int) -> StackPlan:
+        """Room for the plan of a batch."""
+        return StackPlan(size, above=False)
+
+    def plan(self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int) -> None:
+        """Plan a batch, into new room."""
+        self.level.plan_into(plan.below, rows, num_reads)
+
+    def serve(
+        self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int, records: torch.Tensor, num_bytes: int
+    ) -> bool:
+        """Plan a batch; True if every row was resident: then its records, of `num_bytes` bytes, are in `records`."""
+        served = self.level.plan_into(plan.below, rows, num_reads, idly=True)
+        if served:
+            gather_to(plan.where, self._resident, records.data_ptr(), num_bytes)
+        return served
+
+    def release(self, plan: StackPlan) -> None:
+        """Let go of the slots of a plan."""
+        self.level.release(plan.below)

@@ -1,0 +1,65 @@
+"""From a config's tiers to levels, and from levels to counts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tiercache.config import TierConfig
+from tiercache.errors import ConfigError
+from tiercache.level import BYPASSES, HITS, MISSES, PINNED, Level
+from tiercache.policies import POLICIES
+from tiercache.stats import LevelStats
+from tiercache.storage.memory import read_rows
+from tiercache.tiers import DeviceTier
+from tiercache.tiers.host import HostTier
+
+
+def level_of(
+    tier: str, config: TierConfig, options: Mapping[str, Mapping[str, Any]], stride: int, num_rows: int
+) -> Level:
+    """The books of a tier: as many slots as fit its bytes, and never more than there are rows.
+
+    ConfigError where not one fits, or the policy does not take these parameters.
+    """
+    if config.capacity < stride:
+        raise ConfigError(
+            f"{tier}.capacity = {config.capacity}: holds no row of {stride} bytes; allowed are {stride} bytes or more"
+        )
+    capacity = min(config.capacity // stride, num_rows, 2**30)
+    try:
+        return Level(POLICIES[config.policy], capacity, options[tier], num_rows)
+    except (TypeError, ValueError) as error:
+        given = {name: value for name, value in options[tier].items() if not isinstance(value, np.ndarray)}
+        takes = ", ".join(POLICIES[config.policy].parameters) or "no options"
+        message = f"{tier}.policy_options = {given}: policy {config.policy!r} refuses them: {error}; it takes {takes}"
+        raise ConfigError(message) from error
+
+
+def options_of(tier: str, config: TierConfig, num_rows: int) -> dict[str, Any]:
+    """Parameters of a tier's policy. ConfigError where a row of its hot set is none of the store's: it is of other tables."""
+    options: dict[str, Any] = dict(config.policy_options)
+    if config.hot_set is not None:
+        rows = read_rows(config.hot_set)
+        wrong = rows[(rows < 0) | (rows >= num_rows)]
+        if wrong.size:
+            path = str(config.hot_set)
+            raise ConfigError(f"{tier}.hot_set = {path!r}: has row {wrong[0]}; allowed are rows 0 to {num_rows - 1}")
+        options["hot_rows"] = rows
+    return options
+
+
+def stats_of(tier: HostTier | DeviceTier) -> LevelStats:
+    """Counts of a tier. Under the lock."""
+    level, counters = tier.level, tier.level.counters
+    return LevelStats(
+        policy=level.policy.name,
+        capacity_slots=level.capacity,
+        capacity_bytes=tier.capacity_bytes,
+        bookkeeping_bytes=level.nbytes,
+        used_slots=int(np.count_nonzero(level.slots["key"] >= 0)),
+        pinned_slots=int(counters[PINNED]),
+        hits=int(counters[HITS]),
+        misses=int(counters[MISSES]),
+        bypasses=int(counters[BYPASSES]),
+    )
