@@ -69,6 +69,11 @@ class Ticket:
         self._abandon = abandon
 
     @property
+    def open(self) -> bool:
+        """Whether it was neither taken nor cancelled."""
+        return self._flight is not None
+
+    @property
     def done(self) -> bool:
         """Whether `take` would not wait for reads of its own."""
         flight = self._flight

@@ -1,0 +1,140 @@
+"""TieredEmbedding: an `nn.Embedding` whose table lies in a Store.
+
+The rows are the store's, and so are their dtype and device: `to`, `half` and `cuda` leave the module as it is. It has no
+parameter and no `weight`: a table in tiers is read-only, no gradient reaches it, and an optimizer never sees it. Tables that
+train are an ordinary `nn.Embedding`, which is called the same way.
+
+A state dict holds nothing of the table. A checkpoint that holds it loads all the same, strictly too: its tensors are compared
+with the store and left where they are.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import nn
+
+from tiercache.flight import Ticket
+from tiercache.op import as_operator
+from tiercache.source import Source
+from tiercache.store import Store
+
+_PENDING = 8
+"""Prefetches that wait for their forward at most; the oldest is let go of when another one comes."""
+
+_SAMPLE = 16
+"""Rows of a checkpoint's table that are compared with the store's."""
+
+
+class _Prefetch(NamedTuple):
+    indices: torch.Tensor
+    ticket: Ticket
+
+
+class TieredEmbedding(nn.Module):
+    """Rows of one table of a store, by number: integers of any shape to dtype[*indices.shape, embedding_dim].
+
+    Errors of `forward` and `prefetch` are those of `Store.fetch` and `Store.prefetch`. Not safe from several threads.
+    """
+
+    num_embeddings: int
+    embedding_dim: int
+
+    def __init__(self, store: Store, table: str | None = None) -> None:
+        """table: may be left out where the store has one. The store stays the caller's, to share and to close. KeyError."""
+        super().__init__()
+        self.store = store
+        self.table = store._table(table).name
+        self.num_embeddings = store.num_rows(self.table)
+        self.embedding_dim = store.dim(self.table)
+        self._rows = as_operator(store, self.table)
+        self._pending: deque[_Prefetch] = deque(maxlen=_PENDING)
+
+    @classmethod
+    def open(
+        cls, config: Any, table: str | None = None, *, tables: Mapping[str, Source | Any] | None = None
+    ) -> Self:
+        """Over a store of its own, opened as by `Store.open` and with its errors; `embedding.store.close()` ends it."""
+        return cls(Store.open(config, tables=tables), table)
+
+    def prefetch(self, indices: torch.Tensor, *, deadline: float | None = None) -> Ticket:
+        """Begin to read the rows of a `forward` to come, which finds them by its indices: it takes rows of no others.
+
+        At most 8 prefetches wait for their forward; the oldest of more is dropped, and its rows arrive in the tier. The
+        ticket is for the caller who wants to `cancel` it, or to take the rows past the module.
+        """
+        ticket = self.store.prefetch(indices, deadline=deadline, table=self.table)
+        self._pending.append(_Prefetch(indices.clone(), ticket))
+        return ticket
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        """The rows, without a gradient. In a graph that is traced the fetch is `as_operator`'s, which finds prefetched rows
+        in the tier."""
+        if not torch.compiler.is_compiling():
+            for place, (prefetched, ticket) in enumerate(self._pending):
+                if prefetched.shape == indices.shape and torch.equal(prefetched, indices):
+                    del self._pending[place]
+                    if ticket.open:
+                        return ticket.take()
+                    break
+        return self._rows(indices)
+
+    def extra_repr(self) -> str:
+        """As nn.Embedding's, with the table's name."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, table={self.table!r}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Another module over the same store: a store is not copied."""
+        made = type(self)(self.store, self.table)
+        memo[id(self)] = made
+        made.train(self.training)
+        return made
+
+    def __getstate__(self) -> Any:
+        raise TypeError("a TieredEmbedding cannot be pickled, as its store cannot: save the model's state dict")
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Compare a checkpoint's table with the store's: shapes, and some rows where its dtype is that of the rows.
+
+        The tensors that make up the table are `weight` and, by the last part of their names, the fields of its records.
+        None need be there. What does not agree is an error of load_state_dict, and other tensors are unexpected.
+        """
+        record = self.store._table(self.table).record
+        widths = {field.name.rpartition(".")[2]: field.width for field in record.fields}
+        widths.setdefault("weight", record.dim)
+        for key, value in state_dict.items():
+            if not key.startswith(prefix):
+                continue
+            width = widths.get(key[len(prefix) :])
+            if width is None:
+                if strict:
+                    unexpected_keys.append(key)
+                continue
+            wanted = (self.num_embeddings, width)
+            if tuple(value.shape) != wanted:
+                error_msgs.append(f"{key} has shape {tuple(value.shape)}; the store's table {self.table!r} has {wanted}")
+            elif (row := self._first_difference(value)) is not None:
+                error_msgs.append(
+                    f"{key}: row {row} differs from the store's table {self.table!r}, which serves; "
+                    "open the store over this checkpoint, or leave the tensor out"
+                )
+
+    def _first_difference(self, weight: torch.Tensor) -> int | None:
+        """A row whose bytes are not the store's, out of a sample of them. None where the dtypes say nothing about bytes."""
+        if weight.is_meta or weight.dtype != self.store.dtype(self.table) or weight.shape[1] != self.embedding_dim:
+            return None
+        rows = torch.linspace(0, self.num_embeddings - 1, min(_SAMPLE, self.num_embeddings), dtype=torch.float64).long()
+        theirs = weight[rows.to(weight.device)].cpu().contiguous().view(torch.uint8)
+        ours = self.store.fetch(rows, table=self.table).cpu().view(torch.uint8)
+        different = (theirs != ours).any(1).nonzero()
+        return int(rows[different[0, 0]]) if len(different) else None
