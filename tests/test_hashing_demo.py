@@ -11,7 +11,6 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from tiercache.engram.hashing import NgramHasher, demo_hashers, fit_hasher
 
 VOCABULARY = 1000
