@@ -144,12 +144,13 @@ def checked_tensors(
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
     check_previous(tuple(previous.shape), tokens.shape[0], context)
+    tokens, previous = tokens.long(), previous.long()
     if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
         for name, tensor, least in (("tokens", tokens, low), ("previous", previous, min(low, ABSENT))):
             bad = tensor[(tensor < least) | (tensor >= num_ids)]
             if bad.numel():
                 raise _outside(name, int(bad[0]), least, num_ids)
-    return torch.cat([previous.long(), tokens.long()], 1)
+    return torch.cat([previous, tokens], 1)
 
 
 class Placed:
