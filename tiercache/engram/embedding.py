@@ -52,9 +52,7 @@ class TieredEmbedding(nn.Module):
         self._pending: deque[_Prefetch] = deque(maxlen=_PENDING)
 
     @classmethod
-    def open(
-        cls, config: Any, table: str | None = None, *, tables: Mapping[str, Source | Any] | None = None
-    ) -> Self:
+    def open(cls, config: Any, table: str | None = None, *, tables: Mapping[str, Source | Any] | None = None) -> Self:
         """Over a store of its own, opened as by `Store.open` and with its errors; `embedding.store.close()` ends it."""
         return cls(Store.open(config, tables=tables), table)
 

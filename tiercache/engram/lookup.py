@@ -1,36 +1,14 @@
 """Which rows a token reads, and what a text in chunks carries from one chunk to the next."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from tiercache.engram.embedding import TieredEmbedding
-
-ABSENT = -1
-"""The token id of what lies before the start of a sequence."""
-
-
-class Hasher(Protocol):
-    """What a module needs of a hasher of n-grams."""
-
-    @property
-    def num_rows(self) -> int: ...  # of the table
-
-    @property
-    def num_heads(self) -> int: ...  # rows that one token reads
-
-    @property
-    def context(self) -> int: ...  # tokens before the current one that matter
-
-    def batch(self, tokens: npt.NDArray[np.int64], previous: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """int64[B, T] and int64[B, context], oldest first, to int64[B, T, num_heads]."""
-
-    def torch_rows(self, tokens: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-        """The same, by operators of torch, on the tokens' device."""
+from tiercache.engram.hasher import Hasher
+from tiercache.engram.window import ABSENT
 
 
 @dataclass(frozen=True)
@@ -77,9 +55,7 @@ def rows_of(hasher: Hasher, ids: torch.Tensor, state: EngramState | None) -> tor
     if ids.ndim == 3 and ids.shape[2] == hasher.num_heads:
         return ids
     if ids.ndim != 2:
-        raise ValueError(
-            f"ids have shape {tuple(ids.shape)}; allowed are token ids [B, T] and rows [B, T, {hasher.num_heads}]"
-        )
+        raise ValueError(f"ids have shape {tuple(ids.shape)}; allowed are token ids [B, T] and rows [B, T, {hasher.num_heads}]")
     batch, length = ids.shape
     tokens = begun(hasher, batch, ids.device) if state is None else state.tokens
     if tokens.shape != (batch, hasher.context):

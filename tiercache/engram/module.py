@@ -28,7 +28,8 @@ import torch
 from torch import nn
 
 from tiercache.engram.conv import ShortConv
-from tiercache.engram.lookup import EngramState, Hasher, begun, check_table, embed, look_up, rows_of
+from tiercache.engram.hasher import Hasher
+from tiercache.engram.lookup import EngramState, begun, check_table, embed, look_up, rows_of
 
 
 class MultiHeadEmbedding(nn.Module):
@@ -83,9 +84,7 @@ class Engram(nn.Module):
         conv = self.short_conv.new_state(batch)
         return EngramState(begun(self.hasher, batch, conv.device), conv)
 
-    def prefetch(
-        self, ids: torch.Tensor, state: EngramState | None = None, *, deadline: float | None = None
-    ) -> torch.Tensor:
+    def prefetch(self, ids: torch.Tensor, state: EngramState | None = None, *, deadline: float | None = None) -> torch.Tensor:
         """Rows of these tokens, int64[B, T, num_heads], for `forward`; begins to read them where the table lies in tiers.
 
         ids: token ids int64[B, T], or such rows. state: its tokens move on; None: the ids begin their texts. deadline: as in
@@ -124,9 +123,7 @@ class FusedEngram(nn.Module):
     branches' keys and then the value. q_weight, k_weight: [branches, hidden], of the norms.
     """
 
-    def __init__(
-        self, hasher: Hasher, table: nn.Module, hidden: int, *, branches: int = 4, eps: float = 1e-6
-    ) -> None:
+    def __init__(self, hasher: Hasher, table: nn.Module, hidden: int, *, branches: int = 4, eps: float = 1e-6) -> None:
         """hidden: width of a branch. table: rows of one head each. eps: of the norms."""
         super().__init__()
         check_table(table, hasher)
@@ -141,9 +138,7 @@ class FusedEngram(nn.Module):
         """At the start of `batch` texts."""
         return EngramState(begun(self.hasher, batch, self.wkv.weight.device), None)
 
-    def prefetch(
-        self, ids: torch.Tensor, state: EngramState | None = None, *, deadline: float | None = None
-    ) -> torch.Tensor:
+    def prefetch(self, ids: torch.Tensor, state: EngramState | None = None, *, deadline: float | None = None) -> torch.Tensor:
         """As `Engram.prefetch`."""
         return look_up(self.hasher, self.embed, ids, state, deadline)
 

@@ -1,0 +1,113 @@
+"""The pictures: held-out loss over training, tokens a second of each way to serve, and gates over text."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+COLORS = {"baseline": "#0072B2", "engram": "#D55E00"}
+_LABELS = {"baseline": "mixture of experts", "engram": "Engram"}
+_KINDS = ("#999999", "#D55E00", "#E69F00")
+_LINE = 104  # characters
+
+
+def plot_losses(path: Path, seen: dict[str, list[list[tuple[int, float]]]], tokens_a_step: int, title: str) -> None:
+    """seen: of each form, of each seed, (step, held-out loss)."""
+    figure = Figure(figsize=(7.5, 4.5), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for form, runs in seen.items():
+        tokens = [step * tokens_a_step / 1000 for step, _ in runs[0]]
+        losses = np.array([[loss for _, loss in run] for run in runs])
+        last = f"{losses[:, -1].mean():.3f}"
+        axes.plot(tokens, losses.mean(0), color=COLORS[form], marker="o", ms=4, lw=1.8, label=f"{_LABELS[form]}: {last}")
+        axes.fill_between(tokens, losses.min(0), losses.max(0), color=COLORS[form], alpha=0.2, lw=0)
+    axes.set_xlabel("tokens of training, thousands")
+    axes.set_ylabel("held-out loss, nats a token")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, title="mean and range of the seeds" if len(runs) > 1 else None)
+    axes.set_title(title, fontsize=11, loc="left")
+    figure.savefig(path)
+
+
+def plot_serving(path: Path, rates: dict[str, dict[str, float]], title: str) -> None:
+    """rates: of each phase, of each way to serve, tokens a second; the first way is the whole."""
+    figure = Figure(figsize=(7.5, 1.1 + 1.25 * len(rates)), dpi=110, layout="constrained")
+    for axes, (phase, ways) in zip(np.atleast_1d(figure.subplots(len(rates), 1)), rates.items(), strict=True):
+        whole = next(iter(ways.values()))
+        for place, (way, rate) in enumerate(ways.items()):
+            axes.barh(place, rate, color=_KINDS[place], height=0.7)
+            axes.text(rate, place, f"  {rate:,.0f} tokens/s, {100 * rate / whole:.1f} %", va="center", fontsize=9)
+            axes.text(0, place, f" {way}", va="center", fontsize=9, color="white")
+        axes.axvline(0.97 * whole, color="black", lw=1, ls=":")
+        axes.set_yticks([])
+        axes.set_ylabel(phase)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.35 * max(ways.values()))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.savefig(path)
+
+
+def plot_gates(path: Path, texts: Sequence[str], known: Sequence[bool], panels: dict[str, npt.NDArray[np.float64]]) -> None:
+    """Tokens as flowing text, coloured by gate. texts: of each token; known: False for those the model reads as unknown.
+
+    panels: gates [T] by title, drawn below one another in one scale.
+    """
+    places = _flow(texts)
+    num_lines = places[-1][0] + 1
+    figure = Figure(figsize=(11, 0.9 + len(panels) * (0.5 + 0.27 * num_lines)), dpi=100, layout="constrained")
+    low, high = np.percentile(np.concatenate(list(panels.values())), (2, 98))
+    shade = colormaps["YlOrRd"]
+
+    def color(gate: float) -> tuple[float, float, float, float]:
+        return shade(float(np.clip((gate - low) / (high - low), 0, 1)) * 0.85)
+
+    every = np.atleast_1d(figure.subplots(len(panels), 1))
+    for axes, (title, gates) in zip(every, panels.items(), strict=True):
+        _draw_text(axes, texts, known, places, gates, color)
+        axes.set_title(title, fontsize=10, loc="left")
+    scale = figure.colorbar(_mappable(low, high), ax=list(every), location="bottom", fraction=0.06, aspect=60, pad=0.01)
+    scale.set_label("gate: how much of the table's row passes", fontsize=9)
+    figure.savefig(path)
+
+
+def _flow(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """(line, column) of each token."""
+    places, line, column = [], 0, 0
+    for text in texts:
+        if column and column + len(text) > _LINE:
+            line, column = line + 1, 0
+        places.append((line, column))
+        column += len(text)
+    return places
+
+
+def _draw_text(
+    axes: Axes,
+    texts: Sequence[str],
+    known: Sequence[bool],
+    places: Sequence[tuple[int, int]],
+    gates: npt.NDArray[np.float64],
+    color: Callable[[float], tuple[float, float, float, float]],
+) -> None:
+    for text, plain, (line, column), gate in zip(texts, known, places, gates, strict=True):
+        axes.add_patch(Rectangle((column, line + 0.06), len(text), 0.88, facecolor=color(gate), edgecolor="white", lw=0.8))
+        style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8.5, "family": "monospace"}
+        for number, letter in enumerate(text):
+            axes.text(column + number + 0.5, line + 0.52, letter, color="black" if plain else "#777777", **style)
+    axes.set_xlim(0, _LINE)
+    axes.set_ylim(places[-1][0] + 1, 0)
+    axes.axis("off")
+
+
+def _mappable(low: float, high: float) -> ScalarMappable:
+    shades = colormaps["YlOrRd"](np.linspace(0, 0.85, 256))
+    return ScalarMappable(Normalize(low, high), LinearSegmentedColormap.from_list("gates", shades))

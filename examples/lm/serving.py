@@ -1,0 +1,156 @@
+"""The trained model served three ways: with its table in memory, and from three tiers with prefetch on and off.
+
+The table lies on disk, ten times as large as the tier in host memory. Texts that nobody trained on are served as by a server
+that has many sequences at once: a prompt each, then token after token, each step's token from the text, so that all three
+compute the same. They take turns at every step, in changing order, so that what else the machine does hits all alike; each has
+its own caches and, where it has tiers, its own store. A step's rows are asked for when its tokens are known, never sooner.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from lm.model import Cache, LanguageModel, with_engram
+from lm.text import Text
+from tiercache import Store, Ticket
+from tiercache.engram.embedding import TieredEmbedding
+
+KINDS = ("resident", "tiers, prefetch on", "tiers, prefetch off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """sequences at once, with a prompt of `prompt` tokens each and `steps` tokens after it; then the next ones.
+
+    warm: rounds before those that are timed. share: host tier's bytes over the table's; the device tier has a quarter of it.
+    """
+
+    sequences: int = 64
+    prompt: int = 128
+    steps: int = 24
+    rounds: int = 6
+    warm: int = 1
+    share: float = 0.1
+
+
+@dataclass
+class Served:
+    """Seconds of each prefill and of each decode step of one kind, and what of them went into asking for rows and taking them.
+
+    decode_cpu: of the caller's thread alone, which other work of the machine does not lengthen. reads: rows that came from disk
+    in the timed decode steps, of `rows` asked for.
+    """
+
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    decode_cpu: list[float] = field(default_factory=list)
+    asking: list[float] = field(default_factory=list)
+    taking: list[float] = field(default_factory=list)
+    reads: int = 0
+    rows: int = 0
+
+
+class DifferentLogits(AssertionError):
+    """A model served from tiers computed other bits than the resident one."""
+
+
+def serve(
+    model: LanguageModel, text: Text, traffic: Traffic, directory: Path, told: Callable[[], Any]
+) -> tuple[dict[str, Served], dict[str, int]]:
+    """(what each of KINDS took, bytes of the table and its tiers). Raises DifferentLogits where one bit differs.
+
+    told: called after each round.
+    """
+    assert model.engram is not None
+    table = model.engram.table
+    assert isinstance(table, torch.nn.Embedding)
+    model.eval()
+    weight = table.weight.detach()
+    path = directory / "table.safetensors"
+    save_file({"engram.table.weight": weight}, path)
+    num_bytes = weight.numel() * weight.element_size()
+    tiers = {"host": int(num_bytes * traffic.share), "device": int(num_bytes * traffic.share / 4)}
+    config = {
+        "table": [{"path": path}],
+        "host": {"capacity": tiers["host"]},
+        "device": {"device": "cpu", "capacity": tiers["device"]},
+    }
+    windows = text.windows(traffic.prompt + traffic.steps, (traffic.warm + traffic.rounds) * traffic.sequences)
+    with ExitStack() as stack:
+        models = {KINDS[0]: model}
+        for kind in KINDS[1:]:
+            models[kind] = with_engram(model.sizes, Clocked(stack.enter_context(Store.open(config)))).eval()
+            models[kind].load_state_dict(model.state_dict(), assign=True)
+        results = {kind: Served() for kind in KINDS}
+        for number, tokens in enumerate(torch.split(windows, traffic.sequences)):
+            timed = {kind: results[kind] if number >= traffic.warm else Served() for kind in KINDS}
+            _round(models, tokens, traffic.prompt, timed, number)
+            told()
+    return results, {"table": num_bytes, **tiers}
+
+
+@torch.inference_mode()
+def _round(models: dict[str, LanguageModel], tokens: torch.Tensor, prompt: int, timed: dict[str, Served], turn: int) -> None:
+    """Serve int64[sequences, prompt + steps] by all models, step by step."""
+    caches = {kind: Cache(model, len(tokens), tokens.shape[1]) for kind, model in models.items()}
+    for place in range(prompt - 1, tokens.shape[1] - 1):
+        piece = tokens[:, :prompt] if place < prompt else tokens[:, place : place + 1]
+        logits = {}
+        for kind in np.roll(np.array(KINDS), turn + place).tolist():
+            model, served = models[kind], timed[kind]
+            table = model.engram.table if model.engram else None
+            before = table.counts() if isinstance(table, Clocked) else (0, 0)
+            began, began_cpu = time.perf_counter(), time.thread_time()
+            logits[kind] = model(piece, caches[kind], prefetch=kind != KINDS[2])
+            took, took_cpu = time.perf_counter() - began, time.thread_time() - began_cpu
+            (served.prefill if place < prompt else served.decode).append(took)
+            if place >= prompt:
+                served.decode_cpu.append(took_cpu)
+            if isinstance(table, Clocked):
+                _note(table, served if place >= prompt else Served(), before)
+        for kind in KINDS[1:]:
+            if not torch.equal(logits[kind], logits[KINDS[0]]):
+                raise DifferentLogits(f"{kind}: other logits at position {place}")
+
+
+class Clocked(TieredEmbedding):
+    """Times what asks for rows and what takes them, in the caller's thread: seconds since `reset`."""
+
+    asking = taking = 0.0
+
+    def prefetch(self, indices: torch.Tensor, *, deadline: float | None = None) -> Ticket:
+        """As without a clock."""
+        began = time.perf_counter()
+        ticket = super().prefetch(indices, deadline=deadline)
+        self.asking += time.perf_counter() - began
+        return ticket
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        """As without a clock."""
+        began = time.perf_counter()
+        rows = super().forward(indices)
+        self.taking += time.perf_counter() - began
+        return rows
+
+    def counts(self) -> tuple[int, int]:
+        """Rows that came from disk so far, and rows asked for."""
+        stats = self.store.stats()
+        assert stats.device is not None
+        return stats.host.misses, stats.device.hits + stats.device.misses
+
+
+def _note(table: Clocked, served: Served, before: tuple[int, int]) -> None:
+    """Write down a step of a model in tiers, and set the clock back."""
+    served.asking.append(table.asking)
+    served.taking.append(table.taking)
+    table.asking = table.taking = 0.0
+    reads, rows = table.counts()
+    served.reads += reads - before[0]
+    served.rows += rows - before[1]
