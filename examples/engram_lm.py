@@ -216,25 +216,20 @@ def _losses(seen: dict[str, list[list[tuple[int, float]]]]) -> tuple[str, list[s
 
 
 def _rates(kinds: dict[str, dict[str, float]]) -> tuple[str, list[str], list[list[str]]]:
-    head = ["table", "decode, tokens/s", "of resident", "caller's CPU", "prefill, tokens/s", "of resident"]
-    head += ["step", "asking", "taking", "rows a step", "from disk"]
-    rows = [
-        [
-            kind,
-            f"{each['decode_tokens_per_s']:,}",
-            f"{100 * each['decode_of_resident']:.1f} %",
-            f"{100 * each['decode_cpu_of_resident']:.1f} %",
-            f"{each['prefill_tokens_per_s']:,}",
-            f"{100 * each['prefill_of_resident']:.1f} %",
-            f"{each['step_ms']:.2f} ms",
-            f"{each['asking_ms']:.2f} ms",
-            f"{each['taking_ms']:.2f} ms",
-            f"{each['rows_a_step']:.0f}",
-            f"{each['reads_a_step']:.0f}",
-        ]
-        for kind, each in kinds.items()
-    ]
-    return "Serving, medians of steps that alternate", head, rows
+    wanted = {
+        "decode, tokens/s": ("decode_tokens_per_s", "{:,.0f}"),
+        "of resident": ("decode_of_resident", "{:.1%}"),
+        "of resident, caller's CPU": ("decode_cpu_of_resident", "{:.1%}"),
+        "prefill, tokens/s": ("prefill_tokens_per_s", "{:,.0f}"),
+        "of resident ": ("prefill_of_resident", "{:.1%}"),
+        "a decode step": ("step_ms", "{:.2f} ms"),
+        "of it asking for rows": ("asking_ms", "{:.2f} ms"),
+        "of it taking them": ("taking_ms", "{:.2f} ms"),
+        "rows a step": ("rows_a_step", "{:.0f}"),
+        "of them from disk": ("reads_a_step", "{:.0f}"),
+    }
+    rows = [[name, *(shape.format(each[key]) for each in kinds.values())] for name, (key, shape) in wanted.items()]
+    return "Serving, medians of steps that alternate", ["", *kinds], rows
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ def test_a_resident_table_learns(sparse):
 def test_what_does_not_fit_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match="table has 43 rows; its hasher needs 44"):
         make(table=torch.nn.Embedding(43, DIM))
-    with pytest.raises(TypeError, match="table is a Linear; allowed are nn.Embedding and TieredEmbedding"):
+    with pytest.raises(TypeError, match=r"table is a Linear; allowed are nn\.Embedding and TieredEmbedding"):
         make(FusedEngram, torch.nn.Linear(44, DIM))
     module = make(branches=2)
     hidden, tokens = case(2, 4, 2)

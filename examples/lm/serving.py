@@ -44,8 +44,8 @@ class Traffic:
 class Served:
     """Seconds of each prefill and of each decode step of one kind, and what of them went into asking for rows and taking them.
 
-    decode_cpu: of the caller's thread alone, which other work of the machine does not lengthen. reads: rows that came from disk
-    in the timed decode steps, of `rows` asked for.
+    decode_cpu: of the caller's thread alone, which other work of the machine does not lengthen. reads: distinct rows that
+    came from disk in the timed decode steps, of `rows` asked for.
     """
 
     prefill: list[float] = field(default_factory=list)
@@ -140,10 +140,9 @@ class Clocked(TieredEmbedding):
         return rows
 
     def counts(self) -> tuple[int, int]:
-        """Rows that came from disk so far, and rows asked for."""
+        """Distinct rows that came from disk so far, and rows asked for."""
         stats = self.store.stats()
-        assert stats.device is not None
-        return stats.host.misses, stats.device.hits + stats.device.misses
+        return stats.host.misses, stats.rows
 
 
 def _note(table: Clocked, served: Served, before: tuple[int, int]) -> None:
