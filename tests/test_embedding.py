@@ -104,6 +104,16 @@ def test_a_ticket_that_its_holder_took_is_no_matter(embedding):
     assert torch.equal(embedding(indices), WEIGHT[indices])
 
 
+def test_a_ticket_is_open_until_it_is_taken_or_cancelled(store):
+    taken, cancelled = store.prefetch([1]), store.prefetch([2])
+    assert taken.open
+    assert cancelled.open
+    taken.take()
+    cancelled.cancel()
+    assert not taken.open
+    assert not cancelled.open
+
+
 def test_errors_are_those_of_the_store(embedding, store):
     for call in (embedding, embedding.prefetch):
         with pytest.raises(IndexError, match="row 50 at position"):

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tiercache.engram.demo import demo_hashers
 from tiercache.engram.embedding import TieredEmbedding
 from tiercache.engram.lookup import EngramState
 from tiercache.engram.module import Engram, FusedEngram, gate
@@ -229,6 +230,24 @@ def test_tables_replace_one_another():
         assert torch.equal(module(hidden, module.prefetch(tokens)), expected)
     module.multi_head_embedding.embedding = torch.nn.Embedding.from_pretrained(weight)
     assert torch.equal(module(hidden, module.prefetch(tokens)), expected)
+
+
+@pytest.mark.parametrize("kind", [Engram, FusedEngram])
+def test_a_compiled_layer_hashes_and_fetches_in_one_graph(kind):
+    (hasher,) = demo_hashers((1,), vocabulary=VOCABULARY, table_vocabularies=(11, 11), heads=2)
+    weight = torch.randn(hasher.num_rows, DIM, generator=torch.Generator().manual_seed(0))
+    hidden, tokens = case(2, 6, 2)
+    torch.compiler.reset()
+    with Store.open({}, tables={"table": weight}) as store:
+        module = kind(hasher, TieredEmbedding(store), HIDDEN, branches=2)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        states = module.new_state(2), module.new_state(2)
+        for piece in (slice(0, 4), slice(4, 6)):
+            expected = module(hidden[:, piece], tokens[:, piece], states[0])
+            found = compiled(hidden[:, piece], tokens[:, piece], states[1])
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        assert torch.equal(states[0].tokens, states[1].tokens)
+    torch.compiler.reset()
 
 
 def gradients(module, hidden, tokens):

@@ -61,7 +61,7 @@ def rows_of(hasher: Hasher, ids: torch.Tensor, state: EngramState | None) -> tor
     if tokens.shape != (batch, hasher.context):
         raise ValueError(f"state is of {len(tokens)} sequences; these ids are of {batch}")
     previous = tokens.to(ids.device)
-    if ids.device.type == "cpu":
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
         rows = torch.from_numpy(hasher.batch(ids.numpy(), previous.numpy()))
     else:
         rows = hasher.torch_rows(ids, previous)
