@@ -29,13 +29,14 @@ KINDS = ("resident", "tiers, prefetch on", "tiers, prefetch off")
 class Traffic:
     """sequences at once, with a prompt of `prompt` tokens each and `steps` tokens after it; then the next ones.
 
-    warm: rounds before those that are timed. share: host tier's bytes over the table's; the device tier has a quarter of it.
+    warm: rounds, 1 or more, before those that are timed, of training text. share: host tier's bytes over the table's; the device tier has a
+    quarter of it.
     """
 
-    sequences: int = 64
-    prompt: int = 128
-    steps: int = 24
-    rounds: int = 6
+    sequences: int = 240
+    prompt: int = 64
+    steps: int = 32
+    rounds: int = 3
     warm: int = 1
     share: float = 0.1
 
@@ -82,14 +83,16 @@ def serve(
         "host": {"capacity": tiers["host"]},
         "device": {"device": "cpu", "capacity": tiers["device"]},
     }
-    windows = text.windows(traffic.prompt + traffic.steps, (traffic.warm + traffic.rounds) * traffic.sequences)
+    length, each = traffic.prompt + traffic.steps, traffic.sequences
+    rounds = [*torch.split(text.windows(length, traffic.warm * each, held_out=False), each)]
+    rounds += torch.split(text.windows(length, traffic.rounds * each), each)
     with ExitStack() as stack:
         models = {KINDS[0]: model}
         for kind in KINDS[1:]:
             models[kind] = with_engram(model.sizes, Clocked(stack.enter_context(Store.open(config)))).eval()
             models[kind].load_state_dict(model.state_dict(), assign=True)
         results = {kind: Served() for kind in KINDS}
-        for number, tokens in enumerate(torch.split(windows, traffic.sequences)):
+        for number, tokens in enumerate(rounds):
             timed = {kind: results[kind] if number >= traffic.warm else Served() for kind in KINDS}
             _round(models, tokens, traffic.prompt, timed, number)
             told()

@@ -29,9 +29,10 @@ class Text:
         places = picked - (ends - starts)[which]
         return torch.from_numpy(np.stack([usable[w][p : p + length] for w, p in zip(which, places, strict=True)]))
 
-    def windows(self, length: int, most: int) -> torch.Tensor:
-        """int64[n, length]: held-out text in pieces that follow one another, `most` at the most, evenly picked."""
-        pieces = [d[i : i + length] for d in self.held_out for i in range(0, len(d) - length + 1, length)]
+    def windows(self, length: int, most: int, *, held_out: bool = True) -> torch.Tensor:
+        """int64[n, length]: held-out (or training) text in pieces that follow one another, evenly picked, `most` at most."""
+        documents = self.held_out if held_out else self.train
+        pieces = [d[i : i + length] for d in documents for i in range(0, len(d) - length + 1, length)]
         picked = np.linspace(0, len(pieces) - 1, min(most, len(pieces))).astype(np.int64)
         return torch.from_numpy(np.stack([pieces[i] for i in picked]))
 
