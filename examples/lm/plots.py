@@ -1,12 +1,11 @@
 """The pictures: held-out loss over training, tokens a second of each way to serve, and gates over text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -17,6 +16,7 @@ COLORS = {"baseline": "#0072B2", "engram": "#D55E00"}
 _LABELS = {"baseline": "mixture of experts", "engram": "Engram"}
 _KINDS = ("#999999", "#D55E00", "#E69F00")
 _LINE = 104  # characters
+_SHADES = LinearSegmentedColormap.from_list("gates", ["#ffffff", "#ffe9b0", "#fdb863", "#f4845f"])  # letters stay legible
 
 
 def plot_losses(path: Path, seen: dict[str, list[list[tuple[int, float]]]], tokens_a_step: int, title: str) -> None:
@@ -57,25 +57,18 @@ def plot_serving(path: Path, rates: dict[str, dict[str, float]], title: str) -> 
 
 
 def plot_gates(path: Path, texts: Sequence[str], known: Sequence[bool], panels: dict[str, npt.NDArray[np.float64]]) -> None:
-    """Tokens as flowing text, coloured by gate. texts: of each token; known: False for those the model reads as unknown.
+    """Tokens as flowing text, coloured by a value each. texts: of each token; known: False where the model reads an unknown.
 
-    panels: gates [T] by title, drawn below one another in one scale.
+    panels: values [T] by title, drawn below one another, each in its own scale from its 2nd to its 98th percentile.
     """
     places = _flow(texts)
-    num_lines = places[-1][0] + 1
-    figure = Figure(figsize=(11, 0.9 + len(panels) * (0.5 + 0.27 * num_lines)), dpi=100, layout="constrained")
-    low, high = np.percentile(np.concatenate(list(panels.values())), (2, 98))
-    shade = colormaps["YlOrRd"]
-
-    def color(gate: float) -> tuple[float, float, float, float]:
-        return shade(float(np.clip((gate - low) / (high - low), 0, 1)) * 0.85)
-
-    every = np.atleast_1d(figure.subplots(len(panels), 1))
-    for axes, (title, gates) in zip(every, panels.items(), strict=True):
-        _draw_text(axes, texts, known, places, gates, color)
+    figure = Figure(figsize=(11, len(panels) * (1.0 + 0.27 * (places[-1][0] + 1))), dpi=100, layout="constrained")
+    for axes, (title, values) in zip(np.atleast_1d(figure.subplots(len(panels), 1)), panels.items(), strict=True):
+        low, high = np.percentile(values, (2, 98))
+        scale = ScalarMappable(Normalize(low, high), _SHADES)
+        _draw_text(axes, texts, known, places, scale.to_rgba(values))
         axes.set_title(title, fontsize=10, loc="left")
-    scale = figure.colorbar(_mappable(low, high), ax=list(every), location="bottom", fraction=0.06, aspect=60, pad=0.01)
-    scale.set_label("gate: how much of the table's row passes", fontsize=9)
+        figure.colorbar(scale, ax=axes, location="bottom", fraction=0.05, aspect=80, pad=0.01)
     figure.savefig(path)
 
 
@@ -91,23 +84,13 @@ def _flow(texts: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _draw_text(
-    axes: Axes,
-    texts: Sequence[str],
-    known: Sequence[bool],
-    places: Sequence[tuple[int, int]],
-    gates: npt.NDArray[np.float64],
-    color: Callable[[float], tuple[float, float, float, float]],
+    axes: Axes, texts: Sequence[str], known: Sequence[bool], places: Sequence[tuple[int, int]], colors: npt.NDArray[np.float64]
 ) -> None:
-    for text, plain, (line, column), gate in zip(texts, known, places, gates, strict=True):
-        axes.add_patch(Rectangle((column, line + 0.06), len(text), 0.88, facecolor=color(gate), edgecolor="white", lw=0.8))
+    for text, plain, (line, column), color in zip(texts, known, places, colors, strict=True):
+        axes.add_patch(Rectangle((column, line + 0.06), len(text), 0.88, facecolor=tuple(color), edgecolor="white", lw=0.8))
         style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8.5, "family": "monospace"}
         for number, letter in enumerate(text):
-            axes.text(column + number + 0.5, line + 0.52, letter, color="black" if plain else "#777777", **style)
+            axes.text(column + number + 0.5, line + 0.52, letter, color="black" if plain else "#707070", **style)
     axes.set_xlim(0, _LINE)
     axes.set_ylim(places[-1][0] + 1, 0)
     axes.axis("off")
-
-
-def _mappable(low: float, high: float) -> ScalarMappable:
-    shades = colormaps["YlOrRd"](np.linspace(0, 0.85, 256))
-    return ScalarMappable(Normalize(low, high), LinearSegmentedColormap.from_list("gates", shades))

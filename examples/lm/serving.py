@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -29,8 +29,8 @@ KINDS = ("resident", "tiers, prefetch on", "tiers, prefetch off")
 class Traffic:
     """sequences at once, with a prompt of `prompt` tokens each and `steps` tokens after it; then the next ones.
 
-    warm: rounds, 1 or more, before those that are timed, of training text. share: host tier's bytes over the table's; the device tier has a
-    quarter of it.
+    warm: rounds of training text before those that are timed, 1 or more. share: host tier's bytes over the table's; the
+    device tier has a quarter of it.
     """
 
     sequences: int = 240
@@ -102,11 +102,12 @@ def serve(
 @torch.inference_mode()
 def _round(models: dict[str, LanguageModel], tokens: torch.Tensor, prompt: int, timed: dict[str, Served], turn: int) -> None:
     """Serve int64[sequences, prompt + steps] by all models, step by step."""
+    orders = list(permutations(KINDS))
     caches = {kind: Cache(model, len(tokens), tokens.shape[1]) for kind, model in models.items()}
     for place in range(prompt - 1, tokens.shape[1] - 1):
         piece = tokens[:, :prompt] if place < prompt else tokens[:, place : place + 1]
         logits = {}
-        for kind in np.roll(np.array(KINDS), turn + place).tolist():
+        for kind in orders[(turn + place) % len(orders)]:
             model, served = models[kind], timed[kind]
             table = model.engram.table if model.engram else None
             before = table.counts() if isinstance(table, Clocked) else (0, 0)
