@@ -242,6 +242,7 @@ def _demo(**changes: Any) -> Hasher:
         ({"primes": ((),)}, "heads an order"),
         ({"multipliers": (3, 2**62)}, "multipliers from 3 to 4611686018427387904: allowed is 1..1024819115206086200"),
         ({"primes": ((0,),)}, "primes from 0 to 0"),
+        ({"primes": ((2**61, 2**61, 2**61),)}, "primes sum to 6917529027641081856"),
         ({"pad": 10}, "pad = 10: allowed is 0..9"),
     ],
 )

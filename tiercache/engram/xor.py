@@ -54,6 +54,8 @@ class XorHasher(Hasher):
         ):
             if not 1 <= min(values) <= max(values) <= largest:
                 raise ValueError(f"{name} from {min(values)} to {max(values)}: allowed is 1..{largest}")
+        if self.num_rows > LARGEST:
+            raise ValueError(f"primes sum to {self.num_rows}: allowed is {LARGEST}")
         if not 0 <= self.pad < self.vocabulary:
             raise ValueError(f"pad = {self.pad}: allowed is 0..{self.vocabulary - 1}")
         if self.compression is not None:
