@@ -52,18 +52,17 @@ def _text(hasher: DeepseekHasher, tokens: Rows, rounds: int) -> list[Figure]:
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            samples[name].append(timed(call).seconds)
+            samples[name].append(timed(call).cpu_seconds)
+    # Both are one thread's arithmetic: CPU time says what it takes also where others use the cores.
     rate = {name: tokens.size / median(runs) / 1e6 for name, runs in samples.items()}
     best = max(NUMPY, key=lambda name: rate[name])
     baseline = f"numpy, {best}", rate[best]
     figures = [
-        Figure("rows(out=), 24 rows a token", rate["out"], "M tokens/s", *baseline, at_least=10),
-        Figure("rows(), a new array each time", rate["new"], "M tokens/s", *baseline),
+        Figure("rows(out=), 24 rows a token", rate["out"], "M tokens/CPU s", *baseline, at_least=10),
+        Figure("rows(), a new array each time", rate["new"], "M tokens/CPU s", *baseline),
     ]
     others = [name for name in NUMPY if name != best]
-    return figures + [
-        Figure("rows(out=)", rate["out"], "M tokens/s", f"numpy, {name}", rate[name]) for name in others
-    ]
+    return figures + [Figure("rows(out=)", rate["out"], "M tokens/CPU s", f"numpy, {name}", rate[name]) for name in others]
 
 
 def _decode(hashers: tuple[DeepseekHasher, ...], random: np.random.Generator, steps: int, rounds: int) -> list[Figure]:
@@ -120,7 +119,7 @@ def _by_quotient(mix: Rows, moduli: Rows, out: Rows) -> None:
         out[:, head] = mix - quotient * modulus
 
 
-NUMPY = {"all heads of an order at once": _broadcast, "head by head": _by_head, "by quotients": _by_quotient}
+NUMPY = {"by order": _broadcast, "by head": _by_head, "by quotient": _by_quotient}
 
 
 if __name__ == "__main__":

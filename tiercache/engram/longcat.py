@@ -5,7 +5,7 @@ times the vocabulary's power of its distance modulo m, modulo m. The sum ends be
 negative id (a position without a token), and at an end-of-text token unless that is the current one; a position without
 a token reads row 0 of each head. All sums fit 64 bits, so it does not matter that only the whole is reduced.
 
-Its paper: "LongCat-Flash-Lite", arXiv 2601.21204.
+LongCat-Flash-Lite: arXiv 2601.21204.
 """
 
 from dataclasses import dataclass
