@@ -1,4 +1,4 @@
-"""Remainders without a division: equal to Python's for any value and modulus, most of all where the quotient is near an integer."""
+"""Remainders without a division: equal to Python's for any value and modulus, above all where a quotient is near an integer."""
 
 import numpy as np
 from hypothesis import given

@@ -42,7 +42,8 @@ class Hasher(ABC):
         """Write the rows of several sequences' next tokens. The arguments are not checked, only the ids are.
 
         tokens: int64[T], contiguous. lengths: int64[R], tokens of each sequence, which sum to T. previous: int64[R, any],
-        oldest first. out: int64[T, num_heads], contiguous. Raises ValueError for an id outside the vocabulary before it writes.
+        oldest first. out: int64[T, num_heads], contiguous. Raises ValueError for an id outside the vocabulary; `out` may be
+        written in part then.
         """
 
     @abstractmethod
@@ -66,7 +67,7 @@ class Hasher(ABC):
         tokens: integers [T]. documents: integers [D], the documents' lengths, which sum to T; None for one document.
         previous: the tokens that came before in the first document, oldest first; all but the last `context` are ignored,
         so that a text hashed in chunks gives the rows of the whole. out: int64[T, num_heads], contiguous, to be written and
-        returned; else a new array. Raises ValueError for an id outside the vocabulary.
+        returned; else a new array. Raises ValueError for an id outside the vocabulary; `out` may be written in part then.
         """
         ids, before = to_ids("tokens", tokens, 1), to_ids("previous", previous, 1)
         lengths = np.array([ids.size], np.int64) if documents is None else to_ids("documents", documents, 1)
@@ -122,7 +123,7 @@ def check_previous(shape: tuple[int, ...], num_sequences: int, context: int) -> 
 
 
 def raise_outside(bad: int, tokens: Ids, previous: Ids, low: int, num_ids: int) -> None:
-    """Raise ValueError for what `find_outside` found; nothing for -1. previous: int64[P]."""
+    """Raise ValueError for the position that a kernel found, first those of the tokens, then `previous`; nothing for -1."""
     if bad >= tokens.size:
         raise _outside("previous", previous[bad - tokens.size], min(low, ABSENT), num_ids)
     if bad >= 0:

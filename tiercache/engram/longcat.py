@@ -5,7 +5,7 @@ times the vocabulary's power of its distance modulo m, modulo m. The sum ends be
 negative id (a position without a token), and at an end-of-text token unless that is the current one; a position without
 a token reads row 0 of each head. All sums fit 64 bits, so it does not matter that only the whole is reduced.
 
-Its paper: "LongCat-Flash-Lite", arXiv 2601.21204.
+LongCat-Flash-Lite: arXiv 2601.21204.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from tiercache.engram.hasher import ANY_NEGATIVE, Hasher, Ids, Placed, checked_tensors, raise_outside
-from tiercache.engram.window import advance, find_outside, new_line, start, take
+from tiercache.engram.window import ABSENT, advance, new_line, start, take
 from tiercache.native import lean
 
 
@@ -131,7 +131,7 @@ def longcat_hasher(
     )
 
 
-_NO_COMPRESSION = np.empty(0, np.int64)
+_NO_COMPRESSION = np.empty(0, np.int32)
 
 
 @lean
@@ -162,17 +162,22 @@ def _hash_runs(
     offsets: Any,
     out: Any,
 ) -> int:
-    """As `Hasher.runs` says; `previous` and `out` are flat. Returns what find_outside found, -1 if all is well."""
-    bad = find_outside(tokens, previous, low, num_ids)
-    if bad >= 0 or lengths.size == 0:
-        return bad
-    context, num_previous = weights.shape[0] - 1, previous.size // lengths.size
+    """As `Hasher.runs` says; `previous` and `out` are flat.
+
+    Returns the position of an id outside the vocabulary, -1 if there is none; positions in `previous` follow the tokens'.
+    """
+    context, num_previous = weights.shape[0] - 1, previous.size // max(lengths.size, 1)
     begin = 0
     for run in range(lengths.size):
         past, end = run * num_previous, begin + lengths[run]
-        last = start(line, context, previous, past, past + num_previous, eos, 0, compression)
+        came = start(line, context, previous, past, past + num_previous, low, num_ids, eos, 0, compression)
+        if came < past + num_previous:
+            return tokens.size + came
+        last = previous[came - 1] if num_previous else ABSENT
         while begin < end:
-            count = take(line, context, tokens, begin, end, last, eos, 0, compression)
+            count = take(line, context, tokens, begin, end, last, low, num_ids, eos, 0, compression)
+            if count == 0:
+                return begin
             _write(line, count, weights, moduli, offsets, out, begin * moduli.size)
             advance(line, context, count)
             begin += count

@@ -107,7 +107,6 @@ class NgramState:
         for hasher in self.hashers:
             # Checks the ids.
             hasher.runs(nothing, np.zeros(chosen.size, np.int64), before, nothing.reshape(0, hasher.num_heads))
-        self._rings[chosen] = ABSENT
         self._rings[chosen, : self.context] = before
         self._ends[chosen] = self.context % self._rings.shape[1]
         self._forgettable[chosen] = 0
@@ -185,7 +184,7 @@ def _append(slots: Any, tokens: Any, lengths: Any, rings: Any, ends: Any, forget
     for at in range(slots.size):
         slot = slots[at]
         begin, end = end, end + lengths[at]
-        place = (ends[slot] + max(0, lengths[at] - room)) % room
+        place = ends[slot]
         for token in range(max(begin, end - room), end):
             rings[slot, place] = tokens[token]
             place += 1

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import lean
+from tiercache.native import int64, lean
 
 ABSENT = -1
 """Stands for the tokens before the start of a sequence, and for the stop token of a family that has none."""
 
-_BLOCK = 128
+_BLOCK = 1024
 
 
 def new_line(context: int) -> npt.NDArray[np.int64]:
@@ -26,44 +26,29 @@ def new_line(context: int) -> npt.NDArray[np.int64]:
 
 
 @lean
-def find_outside(tokens: Any, previous: Any, low: int, num_ids: int) -> int:
-    """Position of the first id that is not in low..num_ids - 1, -1 if there is none.
-
-    Positions in `previous`, where ABSENT is allowed too, follow those of the tokens. tokens: int64[T]. previous: int64[P].
-    """
-    bad = _first_outside(tokens, low, num_ids)
-    if bad < 0:
-        bad = _first_outside(previous, min(low, ABSENT), num_ids)
-        if bad >= 0:
-            bad += tokens.size
-    return bad
-
-
-@lean
-def _first_outside(ids: Any, low: int, num_ids: int) -> int:
-    for begin in range(0, ids.size, _BLOCK):
-        end = min(begin + _BLOCK, ids.size)
-        least = most = ids[begin]
-        for at in range(begin, end):
-            least, most = min(least, ids[at]), max(most, ids[at])
-        if least < low or most >= num_ids:
-            for at in range(begin, end):
-                if ids[at] < low or ids[at] >= num_ids:
-                    return at
-    return -1
-
-
-@lean
 def take(
-    line: Any, context: int, tokens: Any, begin: int, end: int, last: int, stop: int, pad: int, compression: Any
+    line: Any,
+    context: int,
+    tokens: Any,
+    begin: int,
+    end: int,
+    last: int,
+    low: int,
+    num_ids: int,
+    stop: int,
+    pad: int,
+    compression: Any,
 ) -> int:
-    """Fill the line from tokens[begin:end], which follow the token `last`. Returns how many were taken, one at least.
+    """Fill the line from tokens[begin:end], which follow the token `last`. Returns how many were taken.
 
-    compression: int64[ids], the symbol of each id; int64[0] where ids are symbols.
+    That is one at least, and 0 only where tokens[begin] is not in low..num_ids - 1. compression: int32[ids], the symbol of each
+    id; int32[0] where ids are symbols.
     """
     count, most = 0, min(end - begin, line.size - context)
     while count < most:
         token = tokens[begin + count]
+        if token >= num_ids or token < low:
+            break
         if token < 0 or last == stop:
             if count:
                 break
@@ -73,7 +58,7 @@ def take(
         if token < 0:
             symbol = pad
         elif compression.size:
-            symbol = compression[token]
+            symbol = int64(compression[token])
         line[context + count] = symbol
         last = token
         count += 1
@@ -88,14 +73,30 @@ def advance(line: Any, context: int, count: int) -> None:
 
 
 @lean
-def start(line: Any, context: int, previous: Any, begin: int, end: int, stop: int, pad: int, compression: Any) -> int:
-    """Set the look-back to the tokens previous[begin:end], oldest first. Returns the last of them, ABSENT if there is none."""
+def start(
+    line: Any,
+    context: int,
+    previous: Any,
+    begin: int,
+    end: int,
+    low: int,
+    num_ids: int,
+    stop: int,
+    pad: int,
+    compression: Any,
+) -> int:
+    """Set the look-back to previous[begin:end], oldest first. Returns the position of an id that `take` refuses, else `end`.
+
+    ABSENT is allowed too.
+    """
     last = ABSENT
     for at in range(context):
         line[at] = pad
     while begin < end:
-        count = take(line, context, previous, begin, end, last, stop, pad, compression)
+        count = take(line, context, previous, begin, end, last, min(low, ABSENT), num_ids, stop, pad, compression)
+        if count == 0:
+            break
         advance(line, context, count)
         begin += count
         last = previous[begin - 1]
-    return last
+    return begin

@@ -16,7 +16,7 @@ import torch
 
 from tiercache.engram.hasher import Hasher, Ids, Placed, checked_tensors, raise_outside
 from tiercache.engram.remainder import LANES, LARGEST, SMALLEST, place_eight, reciprocals
-from tiercache.engram.window import ABSENT, advance, find_outside, new_line, start, take
+from tiercache.engram.window import ABSENT, advance, new_line, start, take
 from tiercache.native import lean
 
 
@@ -54,6 +54,8 @@ class XorHasher(Hasher):
         ):
             if not 1 <= min(values) <= max(values) <= largest:
                 raise ValueError(f"{name} from {min(values)} to {max(values)}: allowed is 1..{largest}")
+        if self.num_rows > LARGEST:
+            raise ValueError(f"primes sum to {self.num_rows}: allowed is {LARGEST}")
         if not 0 <= self.pad < self.vocabulary:
             raise ValueError(f"pad = {self.pad}: allowed is 0..{self.vocabulary - 1}")
         if self.compression is not None:
@@ -118,7 +120,7 @@ class XorHasher(Hasher):
     def _arrays(self) -> tuple[Any, ...]:
         """What the kernel takes of the hasher: the compression, and from the multipliers to the offsets."""
         by_eight = len(self.primes[0]) % LANES == 0 and min(map(min, self.primes)) >= SMALLEST
-        compression = np.empty(0, np.int64) if self.compression is None else self.compression
+        compression = np.empty(0, np.int32) if self.compression is None else self.compression.astype(np.int32)
         multipliers = np.array(self.multipliers, np.int64)
         return compression, multipliers, by_eight, self.moduli, reciprocals(self.moduli), self.offsets
 
@@ -126,7 +128,8 @@ class XorHasher(Hasher):
     def _placed(self) -> Placed:
         """moduli and offsets, int64[N - 1, H], and the compression."""
         shape = len(self.primes), len(self.primes[0])
-        return Placed(self.moduli.reshape(shape), self.offsets.reshape(shape), self._arrays[0])
+        compression = self._arrays[0].astype(np.int64)
+        return Placed(self.moduli.reshape(shape), self.offsets.reshape(shape), compression)
 
 
 def check_compression(compression: npt.NDArray[np.int64], vocabulary: int) -> None:
@@ -184,17 +187,22 @@ def _hash_runs(
     offsets: Any,
     out: Any,
 ) -> int:
-    """As `Hasher.runs` says; `previous` and `out` are flat. Returns what find_outside found, -1 if all is well."""
-    bad = find_outside(tokens, previous, low, num_ids)
-    if bad >= 0 or lengths.size == 0:
-        return bad
-    context, num_previous = multipliers.size - 1, previous.size // lengths.size
+    """As `Hasher.runs` says; `previous` and `out` are flat.
+
+    Returns the position of an id outside the vocabulary, -1 if there is none; positions in `previous` follow the tokens'.
+    """
+    context, num_previous = multipliers.size - 1, previous.size // max(lengths.size, 1)
     begin = 0
     for run in range(lengths.size):
         past, end = run * num_previous, begin + lengths[run]
-        last = start(line, context, previous, past, past + num_previous, stop, pad, compression)
+        came = start(line, context, previous, past, past + num_previous, low, num_ids, stop, pad, compression)
+        if came < past + num_previous:
+            return tokens.size + came
+        last = previous[came - 1] if num_previous else ABSENT
         while begin < end:
-            count = take(line, context, tokens, begin, end, last, stop, pad, compression)
+            count = take(line, context, tokens, begin, end, last, low, num_ids, stop, pad, compression)
+            if count == 0:
+                return begin
             if by_eight:
                 _write(line, count, multipliers, moduli, reciprocals, offsets, out, begin * moduli.size)
             else:
