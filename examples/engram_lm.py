@@ -218,13 +218,13 @@ def _losses(seen: dict[str, list[list[tuple[int, float]]]]) -> tuple[str, list[s
 def _rates(kinds: dict[str, dict[str, float]]) -> tuple[str, list[str], list[list[str]]]:
     wanted = {
         "decode, tokens/s": ("decode_tokens_per_s", "{:,.0f}"),
-        "of resident": ("decode_of_resident", "{:.1%}"),
-        "of resident, caller's CPU": ("decode_cpu_of_resident", "{:.1%}"),
+        "decode, of resident": ("decode_of_resident", "{:.1%}"),
+        "the same, caller's CPU": ("decode_cpu_of_resident", "{:.1%}"),
         "prefill, tokens/s": ("prefill_tokens_per_s", "{:,.0f}"),
-        "of resident ": ("prefill_of_resident", "{:.1%}"),
+        "prefill, of resident": ("prefill_of_resident", "{:.1%}"),
         "a decode step": ("step_ms", "{:.2f} ms"),
-        "of it asking for rows": ("asking_ms", "{:.2f} ms"),
-        "of it taking them": ("taking_ms", "{:.2f} ms"),
+        "of it, asking for rows": ("asking_ms", "{:.2f} ms"),
+        "of it, taking them": ("taking_ms", "{:.2f} ms"),
         "rows a step": ("rows_a_step", "{:.0f}"),
         "of them from disk": ("reads_a_step", "{:.0f}"),
     }

@@ -98,6 +98,13 @@ def test_no_more_than_eight_prefetches_wait(embedding, store):
     assert torch.equal(embedding(some_rows((3,), 19)), WEIGHT[some_rows((3,), 19)])
 
 
+def test_indices_of_another_dtype_or_shape_are_other_indices(embedding):
+    for shape, dtype in (((4,), torch.int32), ((2, 2), torch.int64), ((4, 1), torch.uint8), ((4,), torch.int64)):
+        embedding.prefetch(torch.tensor([1, 2, 3, 4]))
+        indices = torch.tensor([1, 2, 3, 4], dtype=dtype).view(shape)
+        assert torch.equal(embedding(indices), WEIGHT[indices.long()])
+
+
 def test_a_ticket_that_its_holder_took_is_no_matter(embedding):
     indices = some_rows((3,))
     assert torch.equal(embedding.prefetch(indices).take(), WEIGHT[indices])

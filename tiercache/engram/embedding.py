@@ -71,7 +71,7 @@ class TieredEmbedding(nn.Module):
         in the tier."""
         if not torch.compiler.is_compiling():
             for place, (prefetched, ticket) in enumerate(self._pending):
-                if prefetched.shape == indices.shape and torch.equal(prefetched, indices):
+                if _same(prefetched, indices):
                     del self._pending[place]
                     if ticket.open:
                         return ticket.take()
@@ -136,3 +136,9 @@ class TieredEmbedding(nn.Module):
         ours = self.store.fetch(rows, table=self.table).cpu().view(torch.uint8)
         different = (theirs != ours).any(1).nonzero()
         return int(rows[different[0, 0]]) if len(different) else None
+
+
+def _same(prefetched: torch.Tensor, indices: torch.Tensor) -> bool:
+    """Whether two tensors of indices are one another's copies: of one shape, dtype and device."""
+    alike = prefetched.shape == indices.shape and prefetched.dtype == indices.dtype and prefetched.device == indices.device
+    return alike and torch.equal(prefetched, indices)
