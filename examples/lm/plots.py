@@ -44,13 +44,19 @@ def plot_serving(path: Path, rates: dict[str, dict[str, float]], title: str) -> 
         whole = next(iter(ways.values()))
         for place, rate in enumerate(ways.values()):
             axes.barh(place, rate, color=_KINDS[place], height=0.7)
-            axes.text(rate, place, f"  {rate:,.0f} tokens/s, {100 * rate / whole:.1f} %", va="center", fontsize=9)
+            label = f"{rate:,.0f} tokens/s, {100 * rate / whole:.1f} %"
+            style: dict[str, Any] = {
+                "va": "center",
+                "fontsize": 9,
+                "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1},
+            }
+            axes.text(1.02 * max(ways.values()), place, label, **style)
         axes.axvline(0.97 * whole, color="black", lw=1, ls=":")
         axes.set_yticks(range(len(ways)), list(ways), fontsize=9)
-        axes.set_title(phase, fontsize=10, loc="left")
+        axes.set_title(f"{phase}; dotted: 97 % of resident", fontsize=10, loc="left")
         axes.tick_params(axis="y", length=0)
         axes.invert_yaxis()
-        axes.set_xlim(0, 1.35 * max(ways.values()))
+        axes.set_xlim(0, 1.4 * max(ways.values()))
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     figure.savefig(path)
