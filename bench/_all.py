@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("cold", "hot", "small", "mixed", "memory", "startup", "policies", "tiers", "kernels")
+NAMES = ("cold", "hot", "small", "mixed", "memory", "restart", "startup", "policies", "tiers", "kernels")
 _WITHOUT_TABLE = ("hot", "policies", "tiers", "kernels")
 
 
