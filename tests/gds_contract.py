@@ -322,9 +322,11 @@ def test_the_slots_of_an_image(tmp_path):
         for _ in range(2):
             store.fetch(range(300))
         store.save(tmp_path / "tiers")
-    part = open_image(tmp_path / "tiers", about_tables({"file": open_table("file", table)}))["device"]
     slots = np.zeros((300, 272), np.uint8)
-    load(part.file, part.offset, slots.nbytes, slots)
+    with open_image(tmp_path / "tiers", about_tables({"file": open_table("file", table)}), 264) as parts:
+        part = parts["device"]
+        by_descriptor = part.file._replace(path=Path(f"/proc/self/fd/{part.descriptor}"))
+        load(by_descriptor, part.offset, slots.nbytes, slots)
     assert sorted(part.rows) == list(range(300))
     assert np.array_equal(slots[:, :264], oracle(part.rows, 264))
 

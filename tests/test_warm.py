@@ -1,6 +1,8 @@
 """Warm restart: what tiers held is saved while a store serves, and the next store begins with it, exact or refused."""
 
 import errno
+import itertools
+import json
 import os
 import threading
 
@@ -10,14 +12,19 @@ import torch
 from fake_device import FakeDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from stores import config_of, descriptors_of, is_exact, open_with, oracle_tensor, store_threads, write_rows
 
-from tiercache import ConfigError, FormatError, StorageError, Store
+from tiercache import ConfigError, FormatError, StorageError, Store, warm
+from tiercache.errors import ClosedError
 from tiercache.level import PINNED, Level, new_plan
 from tiercache.policies import POLICIES
+from tiercache.storage import image as images
 from tiercache.storage import open_table
 from tiercache.storage.image import about_tables, open_image
 from tiercache.storage.pack import pack
+from tiercache.storage.safetensors import read_header
+from tiercache.testing import oracle
 from tiercache.warm import hold
 
 NUM_ROWS = 2000
@@ -177,6 +184,136 @@ def test_damage_anywhere_is_refused_or_does_not_matter(tmp_path_factory, data):
         assert is_exact(store, range(NUM_ROWS))
 
 
+@pytest.mark.parametrize("change", [
+    {"stride": 256}, {"stride": 8}, {"stride": 288}, {"stride": 1 << 40}, {"tables": [5]}, {"tables": [[]]}, {"tables": [None]},
+    {"tiers": ["host", "host"]}, {"tiers": ["disk"]}, {"tiers": []}, {"format": 2}, {"more": 1},
+])  # fmt: skip
+def test_images_made_by_hand(table, image, change, monkeypatch):
+    """Their checksums are right, and what they say is not."""
+    real = json.dumps
+
+    def dumps(value, **options):
+        return real(value | change if "stride" in value else value, **options)
+
+    monkeypatch.setattr(json, "dumps", dumps)
+    with Store.open({**config_of(table), **THREE}) as store:
+        store.fetch(range(50))
+        store.save(image)
+    monkeypatch.undo()
+    with pytest.raises(FormatError, match=r"^.{,600}$"):
+        restored(table, image)
+
+
+def test_rows_made_by_hand(table, image, monkeypatch):
+    """Rows that occur twice are taken once, rows that the tables have not are refused."""
+    for rows, used in (([7] * 300, 1), ([-1] * 300, 0), ([NUM_ROWS] * 300, None), ([-2] * 300, None)):
+        with Store.open({**config_of(table), **THREE}) as store:
+            store.fetch([7] * 2)
+            store.fetch(range(300))
+            real = warm._hold
+            monkeypatch.setattr(warm, "_hold", lambda *given, rows=rows, real=real: real(*given) * 0 + rows[: given[1].size])
+            store.save(image)
+            monkeypatch.undo()
+        if used is None:
+            with pytest.raises(FormatError, match="it has rows that the tables have not"):
+                restored(table, image)
+        else:
+            with restored(table, image, device=None) as store:
+                assert store.stats().host.used_slots == used
+
+
+def test_a_resident_field_in_a_file_of_its_own_is_part_of_what_must_be_unchanged(tmp_path):
+    records = oracle(np.arange(200), 264)
+    weight, scale = (torch.from_numpy(part.copy()) for part in (records[:, :256], records[:, 256:]))
+    save_file({"weight": weight.view(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
+    save_file({"scale": scale.view(torch.float8_e8m0fnu)}, tmp_path / "b.safetensors")
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text('{"weight_map": {"weight": "a.safetensors", "scale": "b.safetensors"}}')
+    config = {"table": [{"path": index, "fields": ["weight", "scale"], "resident": ["scale"]}]}
+    with Store.open(config) as store:
+        store.fetch(range(50))
+        store.save(tmp_path / "i")
+    Store.open({**config, "restore": tmp_path / "i"}).close()
+    os.utime(tmp_path / "b.safetensors", ns=(1, 1))
+    with pytest.raises(FormatError, match="files that have changed since"):
+        Store.open({**config, "restore": tmp_path / "i"})
+
+
+def test_an_image_that_is_replaced_while_it_is_opened(table, image, monkeypatch):
+    replaced = []
+
+    def read(path):
+        header = read_header(path)
+        if len(replaced) < 2:
+            replaced.append(path)
+            image.with_name("new").write_bytes(image.read_bytes())
+            image.with_name("new").replace(image)
+        return header
+
+    monkeypatch.setattr(images, "read_header", read)
+    with restored(table, image) as store:
+        assert store.stats().host.used_slots == 300
+    assert len(replaced) == 2
+
+
+# saving: what is in the way
+
+
+def test_nothing_but_an_image_is_overwritten(table, image, tmp_path):
+    content = table.read_bytes()
+    (tmp_path / "text").write_text("precious")
+    (tmp_path / "link").symlink_to(image)
+    with restored(table, image) as store:
+        for path, message in ((table, "something else than an image"), (tmp_path / "text", "something else than an image"),
+                              (tmp_path, "a directory"), ("", "a directory"), (tmp_path / "no" / "i", "No such file"),
+                              ("a\0b", "null byte"), (table / "x", "Not a directory")):  # fmt: skip
+            with pytest.raises(StorageError, match=message):
+                store.save(path)
+        image.chmod(0o600)
+        store.save(tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert image.stat().st_mode & 0o777 == 0o600
+        (tmp_path / ".new.saving").symlink_to(tmp_path / "text")
+        with pytest.raises(StorageError, match="symbolic links"):
+            store.save(tmp_path / "new")
+    assert (table.read_bytes(), (tmp_path / "text").read_text()) == (content, "precious")
+
+
+def test_paths_that_are_wrong_are_no_first_start(table, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "none")
+    for path in ("loop", "dangling", "no/i", "t.safetensors/x"):
+        with pytest.raises(StorageError):
+            restored(table, tmp_path / path)
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_an_interrupt_leaves_no_slot_pinned(table, image, monkeypatch, at):
+    """It comes when the lock is taken or let go, or while slots are copied."""
+    with restored(table, image) as store:
+        moments = itertools.count()
+
+        def moment():
+            if next(moments) == at:
+                raise KeyboardInterrupt
+
+        class Lock:
+            def __enter__(self):
+                moment()
+                store._lock.acquire()
+
+            def __exit__(self, *_):
+                store._lock.release()
+                moment()
+
+        real = store._device.read_slots
+        store._device.read_slots = lambda slots: (moment(), real(slots))[1]
+        with pytest.raises(KeyboardInterrupt):
+            warm.save(image, store._tiers, store._about("save"), store._stride, Lock(), store._require_open)
+        store.check()
+        assert store.save(image) == 330
+
+
 # saving while others work
 
 
@@ -275,8 +412,8 @@ def test_a_save_that_was_killed_leaves_a_file_that_the_next_takes_over(table, im
 # a device with streams
 
 
-def on_streams(table, device, **storage):
-    settings = {"device": "cpu", "capacity": 272 * 30}
+def on_streams(table, device, capacity=30, **storage):
+    settings = {"device": "cpu", "capacity": 272 * capacity}
     return open_with("lru", {}, 272 * 300, {"file": table}, {}, device=("lru", {}, settings, device), **storage)
 
 
@@ -305,22 +442,52 @@ def test_a_device_tier_is_saved_behind_its_copies_and_loaded_in_one_piece(table,
         store.check()
 
 
-def test_a_direct_load_is_verified_where_pages_are(table, tmp_path):
-    pack(table, tmp_path / "packed")
-    described = {"file": open_table("file", tmp_path / "packed")}
+def save_on_streams(table, path, **storage):
+    """An image whose device part has rows 0 to 19."""
     device = FakeDevice(lambda n: 0)
-    with on_streams(tmp_path / "packed", device, verify="page") as store:
+    with on_streams(table, device, **storage) as store:
         for _ in range(3):
             store.fetch(range(20))
         device.run_all()
-        store.save(tmp_path / "i")
-    part = open_image(tmp_path / "i", about_tables(described))["device"]
+        store.save(path)
+
+
+@pytest.mark.parametrize("capacity", [30, 7])
+def test_a_direct_load_is_verified(table, tmp_path, capacity):
+    save_on_streams(table, tmp_path / "i")
+    with open_image(tmp_path / "i", about_tables({"file": open_table("file", table)}), 264) as parts:
+        offset = parts["device"].offset
+    with on_streams(table, FakeDevice(lambda n: 0), capacity) as store:
+        assert store._restore(tmp_path / "i", NUM_ROWS) == ("loaded by a fake",)
+        assert store.stats().device.used_slots == min(capacity, 20)
     with open(tmp_path / "i", "r+b") as file:
-        file.seek(part.offset + 5)
+        file.seek(offset + 272 * 19 + 5)
         file.write(b"\x00\x01")
     damaged = pytest.raises(FormatError, match="damaged: the checksum of slots 0 to 19 is wrong")
-    with on_streams(tmp_path / "packed", FakeDevice(lambda n: 0), verify="page") as store, damaged:
+    with on_streams(table, FakeDevice(lambda n: 0), capacity) as store, damaged:
         store._restore(tmp_path / "i", NUM_ROWS)
+
+
+def test_a_device_that_reads_something_else(table, tmp_path):
+    save_on_streams(table, tmp_path / "i")
+    for capacity, message in ((30, "the checksum of slots"), (7, "what the device read of it is not what the host reads")):
+        device = FakeDevice(lambda n: 0)
+        device.load = lambda file, offset, target: ()
+        with on_streams(table, device, capacity) as store, pytest.raises(FormatError, match=message):
+            store._restore(tmp_path / "i", NUM_ROWS)
+
+
+def test_launches_of_a_static_fetch_that_is_closed(table):
+    with on_streams(table, FakeDevice(lambda n: 0)) as store:
+        static = store.static_fetch([2])
+        static.load([1, 2])
+        static.launch()
+        static.close()
+        with pytest.raises(ClosedError, match="the static fetch, or its store, is closed"):
+            static.launch()
+        for shape, error in ((5, TypeError), ((2.0,), TypeError), ((-1,), ValueError)):
+            with pytest.raises(error, match="shape = "):
+                store.static_fetch(shape)
 
 
 def test_an_open_that_fails_lets_go_of_everything(table, image):

@@ -25,17 +25,17 @@ from tiercache.errors import ClosedError, ConfigError, StorageError
 from tiercache.flight import Flight, Ticket
 from tiercache.graph import StaticFetch
 from tiercache.level import MAX_PINS, PINNED, SLOT, pending_of
-from tiercache.request import Table, checked, rows_of, with_values
+from tiercache.request import Table, checked, rows_of, shape_of, with_values
 from tiercache.source import Source
 from tiercache.stats import StoreStats
 from tiercache.storage import open_table
 from tiercache.storage import queue as q
 from tiercache.storage.disk import Disk
-from tiercache.storage.image import about_tables
+from tiercache.storage.image import AboutTable, about_tables
 from tiercache.storage.memory import sources_of
 from tiercache.storage.reader import Reader, SourceReader
 from tiercache.storage.reads import Targets
-from tiercache.storage.table import FileTable, failures
+from tiercache.storage.table import FileTable
 from tiercache.tiers import DeviceTier, open_device_tier
 from tiercache.tiers.device import Device, StreamTier
 from tiercache.tiers.host import HostTier
@@ -265,6 +265,7 @@ class Store:
         Needs a device tier with streams: ValueError without one. The other arguments and errors are those of `fetch`.
         """
         wanted = self._table(table)
+        shape = shape_of(shape)
         if not isinstance(self._device, StreamTier):
             raise ValueError("static_fetch: needs a device tier with streams; a store on the CPU has none")
         result, _ = self._outputs(wanted, shape, 0, None, out, raw)
@@ -275,7 +276,8 @@ class Store:
 
         Other threads may fetch meanwhile. An image that is there is replaced once the new one is whole and on the disk. Only a
         store whose tables are all on disk can be saved: ConfigError where one is a source, as nobody knows what that holds
-        next time. StorageError where the image cannot be written, or is just being written by somebody else.
+        next time. StorageError where the image cannot be written, where something else is in its place, or where somebody
+        else is just writing it. A relative path begins at the current directory.
         """
         self._require_here()
         self._require_open()
@@ -336,7 +338,7 @@ class Store:
         """The tiers by name, the device's first."""
         return ({} if self._device is None else {"device": self._device}) | {"host": self._host}
 
-    def _about(self, what: str) -> list[Any]:
+    def _about(self, what: str) -> list[AboutTable]:
         """What an image says of the tables. ConfigError where one is a source."""
         if sources := [name for name in self._tables if name not in self._files]:
             raise ConfigError(f"{what}: table {sources[0]!r} is a source, not a file; allowed are tables on disk")
@@ -345,12 +347,10 @@ class Store:
     def _restore(self, path: Path, num_rows: int) -> tuple[str, ...]:
         """Fill the tiers from an image; notes on it."""
         about = self._about(f"restore = {str(path)!r}")
-        with failures(path):
-            saved = path.exists()
-        if not saved:
+        if not os.path.lexists(path) and path.parent.is_dir():
             return (f"restore: nothing is at {path} yet, the tiers begin empty",)
-        verify = self.config.storage.verify == "page"
-        return warm.restore(path, self._tiers, about, num_rows, verify)
+        record_bytes = max(table.record_bytes for table in self._files.values())
+        return warm.restore(path, self._tiers, about, record_bytes, num_rows)
 
     def _table(self, name: str | None) -> Table:
         if name is None:

@@ -18,7 +18,8 @@ from tiercache import index
 from tiercache.errors import FormatError
 from tiercache.level import BATCH, PLAN_HELD, Level, Plan, claim, new_plan, pin, unpin
 from tiercache.native import lean, prefetch
-from tiercache.storage.image import Part, open_image, writing
+from tiercache.storage.image import AboutTable, Part, open_image
+from tiercache.storage.image_writer import writing
 
 _AHEAD = 32
 _NO_ROW = _NO_SLOT = -1
@@ -32,17 +33,14 @@ class Tier(Protocol):
     def read_slots(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
         """A copy of slots on the host, uint8[n, stride]. They are pinned, and their bytes are there."""
 
-    def restore(
-        self, part: Part, positions: npt.NDArray[np.int64], slots: npt.NDArray[np.int32], verify: bool
-    ) -> tuple[str, ...]:
-        """Read slots positions[i] (ascending) of an image to slots[i]; notes on how. FormatError for a wrong checksum: a tier
-        that reads past the host looks at them only if it is to `verify`."""
+    def restore(self, part: Part, positions: npt.NDArray[np.int64], slots: npt.NDArray[np.int32]) -> tuple[str, ...]:
+        """Read slots positions[i] (ascending) of an image to slots[i]; notes on how. FormatError for a wrong checksum."""
 
 
 def save(
     path: Path,
     tiers: Mapping[str, Tier],
-    tables: list[Any],
+    tables: list[AboutTable],
     stride: int,
     lock: AbstractContextManager[Any],
     require_open: Callable[[], None],
@@ -51,20 +49,31 @@ def save(
     orders = {name: _by_age(tier.level) for name, tier in tiers.items()}
     with writing(path, {name: order.size for name, order in orders.items()}, tables, stride) as image:
         for name, tier in tiers.items():
-            for first in range(0, orders[name].size, image.rows_per_piece):
-                wanted = orders[name][first : first + image.rows_per_piece]
-                held = new_plan(wanted.size)
-                try:
-                    with lock:
-                        require_open()
-                        rows = _hold(tier.level, wanted, held)
-                    slots = tier.read_slots(wanted)
-                finally:
-                    with lock:
-                        tier.level.release(held)
-                slots[rows < 0] = 0
+            for first in range(0, orders[name].size, image.piece):
+                wanted = orders[name][first : first + image.piece]
+                rows, slots = _copy(tier, wanted, lock, require_open)
                 image.write(name, first, slots, rows)
         return sum(int(np.count_nonzero(rows >= 0)) for rows in image.rows.values())
+
+
+def _copy(
+    tier: Tier, wanted: npt.NDArray[np.int32], lock: AbstractContextManager[Any], require_open: Callable[[], None]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    """(row in each of the wanted slots, int64[n], or -1; the slots, uint8[n, stride], zeros where there is no row)."""
+    held = new_plan(wanted.size)
+    try:
+        with lock:
+            require_open()
+            rows = _hold(tier.level, wanted, held)
+        slots = tier.read_slots(wanted)
+        with lock:
+            tier.level.release(held)
+    except BaseException:  # wherever that came from; to release twice does nothing
+        with lock:
+            tier.level.release(held)
+        raise
+    slots[rows < 0] = 0
+    return rows, slots
 
 
 def _by_age(level: Level) -> npt.NDArray[np.int32]:
@@ -96,25 +105,30 @@ def hold(slots: Any, counters: Any, wanted: Any, rows: Any, held: Plan) -> None:
 
 
 def restore(
-    path: Path, tiers: Mapping[str, Tier], tables: list[Any], num_rows: int, verify: bool
+    path: Path, tiers: Mapping[str, Tier], tables: list[AboutTable], record_bytes: int, num_rows: int
 ) -> tuple[str, ...]:
     """Fill new tiers from an image; notes on how. A tier that the image has no part of stays empty.
 
     FormatError for an image that is damaged or of other tables, StorageError where it cannot be read.
     """
     notes: tuple[str, ...] = ()
-    for name, part in open_image(path, tables).items():
-        if name not in tiers:
-            continue
-        level = tiers[name].level
-        if part.rows.size and (part.rows.min() < _NO_ROW or part.rows.max() >= num_rows):
-            raise FormatError(f"{path}: not an image of tiers: it has rows that the tables have not")
-        positions = np.flatnonzero(part.rows >= 0)[-level.capacity :]
-        slots = np.empty(positions.size, np.int32)
-        adopt(level.slots, level.table, level.counters, level.state, part.rows[positions], slots)
-        kept = slots >= 0
-        notes += tiers[name].restore(part, positions[kept], slots[kept], verify)
-        unpin(level.slots, level.counters, slots[kept])
+    with open_image(path, tables, record_bytes) as parts:
+        for name, tier in tiers.items():
+            if name in parts:
+                notes += _fill(tier, parts[name], num_rows)
+    return notes
+
+
+def _fill(tier: Tier, part: Part, num_rows: int) -> tuple[str, ...]:
+    level = tier.level
+    if part.rows.size and (part.rows.min() < _NO_ROW or part.rows.max() >= num_rows):
+        raise FormatError(f"{part.file.path}: not an image of tiers: it has rows that the tables have not")
+    positions = np.flatnonzero(part.rows >= 0)[-level.capacity :]
+    slots = np.empty(positions.size, np.int32)
+    adopt(level.slots, level.table, level.counters, level.state, part.rows[positions], slots)
+    kept = slots >= 0
+    notes = tier.restore(part, positions[kept], slots[kept])
+    unpin(level.slots, level.counters, slots[kept])
     return notes
 
 

@@ -76,6 +76,7 @@ class FileTable:
     resident: tuple[tuple[int, npt.NDArray[np.uint8]], ...]  # (record_offset, uint8[num_rows, nbytes] in RAM)
     checksums: PageChecksums | None
     identity: str  # hex digest that names the data
+    resident_files: tuple[TableFile, ...] = ()  # others that were read for what is in RAM
     notes: tuple[str, ...] = ()  # what whoever opens it should know
 
     @property

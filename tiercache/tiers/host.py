@@ -144,15 +144,13 @@ class CpuMemory:
         copy_slots(slots, self.at, here, Slots(records.ctypes.data, self.stride))
         return records
 
-    def restore(
-        self, part: Part, positions: npt.NDArray[np.int64], slots: npt.NDArray[np.int32], verify: bool
-    ) -> tuple[str, ...]:
-        """Read slots positions[i] of an image to slots[i]. Checksums are compared, whether it is to `verify` or not."""
+    def restore(self, part: Part, positions: npt.NDArray[np.int64], slots: npt.NDArray[np.int32]) -> tuple[str, ...]:
+        """Read slots positions[i] of an image to slots[i]. FormatError for a wrong checksum."""
 
-        def put(positions: npt.NDArray[np.int64], slots: npt.NDArray[np.int32], piece: npt.NDArray[np.uint8]) -> None:
-            copy_slots(positions.astype(np.int32), Slots(piece.ctypes.data, part.stride), slots, self.at)
+        def put(which: slice, places: npt.NDArray[np.int32], piece: npt.NDArray[np.uint8]) -> None:
+            copy_slots(places, Slots(piece.ctypes.data, part.stride), slots[which], self.at)
 
-        part.read(positions, slots, put)
+        part.read(positions, put)
         return ()
 
     def gather(
