@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("cold", "hot", "small", "mixed", "memory", "restart", "startup", "policies", "tiers", "kernels")
-_WITHOUT_TABLE = ("hot", "policies", "tiers", "kernels")
+NAMES = ("cold", "hot", "small", "mixed", "memory", "restart", "startup", "policies", "hashing", "tiers", "kernels")
+_WITHOUT_TABLE = ("hot", "policies", "hashing", "tiers", "kernels")
 
 
 def main() -> None:

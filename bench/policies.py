@@ -16,7 +16,7 @@ import numpy as np
 from _common import Figure, Rows, parser, report
 from rich.progress import track
 
-from tiercache.engram.hashing import demo_hashers
+from tiercache.engram.demo import demo_hashers
 from tiercache.lab.simulator import simulate
 from tiercache.lab.tokens import SHIPPED, SHIPPED_VOCABULARY, load_tokens
 

@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 
 from tiercache import demo as demonstration
 from tiercache.config import parse_bytes
-from tiercache.engram.hashing import fit_hasher
+from tiercache.engram.demo import fit_hasher
 from tiercache.errors import ConfigError, TierCacheError
 from tiercache.lab.bounds import Uses, uses_of
 from tiercache.lab.curves import ONLINE

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tiercache.engram.hashing import fit_hasher
+from tiercache.engram.demo import fit_hasher
 from tiercache.errors import ConfigError, TierCacheError
 from tiercache.lab.bounds import uses_of
 from tiercache.lab.curves import curves
