@@ -27,12 +27,7 @@ from tiercache.storage.memory import MemoryTable
 from tiercache.testing import FaultySource, broken
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in one order
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def offloaded(model, directory):
