@@ -73,9 +73,8 @@ def main(directory: Path, console: Console) -> torch.Tensor:
     num_bytes = sections[0]["path"].stat().st_size
     with offload(model, {"table": sections, "host": {"capacity": num_bytes // 20}}) as offloaded:
         equal = torch.equal(model(prompts).logits, resident)
-        tokens: torch.Tensor = model.generate(
-            prompts, attention_mask=torch.ones_like(prompts), pad_token_id=0, do_sample=True, max_new_tokens=16, min_new_tokens=16
-        )
+        how = {"attention_mask": torch.ones_like(prompts), "pad_token_id": 0}
+        tokens: torch.Tensor = model.generate(prompts, do_sample=True, max_new_tokens=16, min_new_tokens=16, **how)
         console.print(f"Table of {num_bytes / 1e6:.1f} MB, 5 % of it in memory; logits are equal to the bit: {equal}")
         console.print(table_of(offloaded.store.stats()))
     assert equal
