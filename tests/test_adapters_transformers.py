@@ -137,7 +137,7 @@ def test_stale_prefetches_are_given_up_and_never_taken(tmp_path):
         wrong = [torch.zeros(2, 11, 8, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)]
 
         def disturb(*_):
-            stored.drop()
+            stored.ahead.drop()
             stored.plan(lambda: stored(wrong[0]))
 
         hook = model.model.layers[0].register_forward_hook(disturb)
@@ -145,6 +145,7 @@ def test_stale_prefetches_are_given_up_and_never_taken(tmp_path):
             assert torch.equal(logits_of(model, tokens, mask), logits_of(resident, tokens, mask))
             wrong.reverse()
         hook.remove()
+        assert is_idle(served.store)
         stored.plan(lambda: stored(torch.arange(5)))  # as an interrupt would leave it
         assert served.store.stats().flights == 1
         assert torch.equal(logits_of(model, tokens, mask), logits_of(resident, tokens, mask))

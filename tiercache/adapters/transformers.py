@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextModel, Qwen4ExpTextNGramEmbedding
 
+from tiercache.adapters.ahead import Ahead
 from tiercache.config import StoreConfig
-from tiercache.flight import Ticket
 from tiercache.op import as_operator
 from tiercache.storage.safetensors import INDEX_SUFFIX, read_header
 from tiercache.store import Store
@@ -124,23 +124,18 @@ class StoredEmbedding(nn.Module):
         super().__init__()
         self.store, self.table = store, table
         self.weight = nn.Buffer(torch.empty(0, store.dim(table), dtype=dtype, device=device), persistent=False)
+        self.ahead = Ahead(store, table)
         self._fetch = as_operator(store, table)
         self._here = _Here()
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of the table: dtype[*rows.shape, dim], on the store's device. rows: int64, any shape."""
-        rows = rows.cpu()
         if torch.compiler.is_compiling():
-            return self._fetch(rows).to(self.weight.dtype)
+            return self._fetch(rows.cpu()).to(self.weight.dtype)
         if self._here.planning:
-            self._here.pending = rows, self.store.prefetch(rows, table=self.table)
+            self.ahead.begin(rows)
             return rows
-        pending, self._here.pending = self._here.pending, None
-        if pending is not None and torch.equal(pending[0], rows):
-            return pending[1].take().to(self.weight.dtype)
-        if pending is not None:
-            pending[1].cancel()
-        return self.store.fetch(rows, table=self.table).to(self.weight.dtype)
+        return self.ahead.take(rows).to(self.weight.dtype)
 
     def plan(self, lookup: Callable[[], Any]) -> None:
         """Begin to read the rows that `lookup` is going to ask this module for. What it gets is no rows."""
@@ -149,12 +144,6 @@ class StoredEmbedding(nn.Module):
             lookup()
         finally:
             self._here.planning = False
-
-    def drop(self) -> None:
-        """Give up what this thread has prefetched and not taken."""
-        pending, self._here.pending = self._here.pending, None
-        if pending is not None:
-            pending[1].cancel()
 
     def whole(self, device: torch.device) -> torch.Tensor:
         """The table: dtype[num_rows, dim]."""
@@ -170,10 +159,9 @@ class StoredEmbedding(nn.Module):
 
 
 class _Here(threading.local):
-    """What one thread is about in one module."""
+    """Whether one thread only looks which rows are going to be asked for."""
 
     planning = False
-    pending: tuple[torch.Tensor, Ticket] | None = None
 
 
 class _Place(NamedTuple):
@@ -255,7 +243,7 @@ def _prefetching(text: Any, places: list[_Place]) -> list[Any]:
 
     def drop() -> None:
         for place in places:
-            place.stored.drop()
+            place.stored.ahead.drop()
 
     def begin(module: Any, args: Any) -> None:
         if not torch.compiler.is_compiling():
