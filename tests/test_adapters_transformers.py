@@ -444,9 +444,9 @@ def test_checkpoints_that_cannot_be_read_are_refused(tmp_path):
         checkpoint_tables(tmp_path)
 
 
-def test_the_library_imports_without_transformers():
-    code = "import sys; sys.modules['transformers'] = None; import tiercache, tiercache.cli, tiercache.adapters"
-    assert in_process(code) == ""
+def test_the_library_imports_without_the_engines():
+    without = "import sys; sys.modules.update(transformers=None, vllm=None, sglang=None)"
+    assert in_process(f"{without}; import tiercache.cli, tiercache.adapters.vllm, tiercache.adapters.sglang") == ""
 
 
 def test_the_module_gives_rows_as_an_embedding_does(tmp_path):
