@@ -14,6 +14,7 @@ from qwen import EOS, batch, config_for, model_of, multimodal_model, tables_of, 
 from safetensors.torch import save_file
 from stores import in_process
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import Qwen4ExpForCausalLM
 
 from tiercache import ClosedError, FormatError, StorageError, Store
@@ -81,6 +82,16 @@ def test_logits_and_generation_are_the_same_to_the_bit(tmp_path, dtype, layers):
             assert torch.equal(model.generate(tokens, **ways, **more), expected)
         assert is_idle(served.store)
         assert served.store.stats().storage.reads > 0
+
+
+def test_a_device_tier_serves_as_well(tmp_path):
+    resident, model = twins()
+    tokens, mask = batch()
+    config = config_for(write_tables(model, tmp_path), model) | {"device": {"device": "cpu", "capacity": "2KB"}}
+    with offload(model, config) as served:
+        assert torch.equal(decoded(model, tokens, mask), decoded(resident, tokens, mask))
+        assert torch.equal(decoded(model, tokens, mask), decoded(resident, tokens, mask))
+        assert served.store.stats().device.hits > 0
 
 
 def test_the_rows_matter(tmp_path):
@@ -217,20 +228,27 @@ def test_threads_run_forwards_of_one_model_at_once(tmp_path):
     assert equal == [True] * 12
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+def unwrapped(model):
+    """Parameters by their names, whatever was wrapped."""
+    return [(name.replace("_checkpoint_wrapped_module.", ""), parameter) for name, parameter in model.named_parameters()]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "transformers", "torch"])
 def test_gradients_of_everything_else_are_the_same_to_the_bit(tmp_path, checkpointing):
     resident, model = twins()
     tokens, mask = batch()
     with offloaded(model, tmp_path) as served:
         for each in (resident, model):
             each.train()
-            if checkpointing:
+            if checkpointing == "transformers":
                 each.activation_checkpointing_enable()
-            each(tokens, attention_mask=mask, labels=tokens).loss.backward()
+            if checkpointing == "torch":  # whose recomputation runs the layers' hooks
+                each.model.layers = nn.ModuleList(map(checkpoint_wrapper, each.model.layers))
+            each(tokens, attention_mask=mask, labels=tokens, use_cache=False).loss.backward()
         assert is_idle(served.store)
-    gradients = {name: parameter.grad for name, parameter in resident.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in unwrapped(resident)}
     del gradients["model.layers.1.ple.ple_embedding.ngram_embedding.weight"]
-    others = dict(model.named_parameters())
+    others = dict(unwrapped(model))
     assert others.keys() == gradients.keys()
     for name, gradient in gradients.items():
         other = others[name].grad

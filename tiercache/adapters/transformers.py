@@ -241,19 +241,15 @@ def _prefetching(text: Any, places: list[_Place]) -> list[Any]:
     """
     here = _Forward()
 
-    def drop() -> None:
-        for place in places:
-            place.stored.ahead.drop()
-
     def begin(module: Any, args: Any) -> None:
         if not torch.compiler.is_compiling():
-            drop()
             here.running = True
 
     def end(module: Any, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
             here.running = False
-            drop()
+            for place in places:
+                place.stored.ahead.drop()
 
     def plan(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         tokens = kwargs.get("ple_input_ids")
