@@ -66,16 +66,15 @@ def decoded(model, tokens, mask, *, steps=6):
     return torch.cat(outputs, dim=1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layers", [[2], [1, 3]])
+@pytest.mark.parametrize(("dtype", "layers"), [(torch.float32, [2]), (torch.bfloat16, [1, 3])])
 def test_logits_and_generation_are_the_same_to_the_bit(tmp_path, dtype, layers):
     resident, model = twins(config=text_config(ple_layer_ids=layers), dtype=dtype)
     tokens, mask = batch()
-    ways = {"max_new_tokens": 8, "attention_mask": mask}
+    ways = {"max_new_tokens": 6, "attention_mask": mask}
     with offloaded(model, tmp_path) as served:
         assert torch.equal(logits_of(model, tokens, mask), logits_of(resident, tokens, mask))
         assert torch.equal(decoded(model, tokens, mask), decoded(resident, tokens, mask))
-        for more in ({"do_sample": False}, {"num_beams": 2}, {"do_sample": True}):
+        for more in ({"do_sample": False}, {"num_beams": 2}, {"do_sample": True}, {"cache_implementation": "static"}):
             torch.manual_seed(3)
             expected = resident.generate(tokens, **ways, **more)
             torch.manual_seed(3)
@@ -216,7 +215,7 @@ def test_threads_run_forwards_of_one_model_at_once(tmp_path):
     equal = []
 
     def run(number):
-        equal.extend(torch.equal(decoded(model, *batches[number]), expected[number]) for _ in range(3))
+        equal.extend(torch.equal(decoded(model, *batches[number]), expected[number]) for _ in range(2))
 
     with offloaded(model, tmp_path) as served:
         threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
@@ -225,7 +224,7 @@ def test_threads_run_forwards_of_one_model_at_once(tmp_path):
         for thread in threads:
             thread.join()
         assert is_idle(served.store)
-    assert equal == [True] * 12
+    assert equal == [True] * 8
 
 
 def unwrapped(model):
@@ -310,7 +309,8 @@ def test_undo_brings_everything_back(tmp_path):
 def test_a_store_of_the_callers_stays_open(tmp_path):
     resident, model = twins()
     tokens, mask = batch()
-    with Store.open(config_for(write_tables(model, tmp_path), model)) as store:
+    (section,) = write_tables(model, tmp_path)
+    with Store.open(config_for([section | {"name": "any"}], model)) as store:
         with offload(model, store) as served:
             assert served.store is store
         assert torch.equal(logits_of(model, tokens, mask), logits_of(resident, tokens, mask))
@@ -475,3 +475,5 @@ def test_the_module_gives_rows_as_an_embedding_does(tmp_path):
         rows = np.random.default_rng(0).integers(0, 4352, (3, 2, 8))
         assert torch.equal(module(torch.from_numpy(rows)), table[rows])
         assert str(module) == "StoredEmbedding(4352, 4, table='layers.1')"
+        with pytest.raises(TypeError, match="not copied or pickled"):
+            copy.deepcopy(model)

@@ -154,6 +154,9 @@ class StoredEmbedding(nn.Module):
             table[begin : begin + _ROWS_AT_ONCE] = self.store.fetch(rows, table=self.table)
         return table
 
+    def __getstate__(self) -> NoReturn:
+        raise TypeError("an offloaded model is not copied or pickled: offload the copy, or save the state dict")
+
     def extra_repr(self) -> str:
         return f"{self.store.num_rows(self.table)}, {self.weight.shape[1]}, table={self.table!r}"
 
