@@ -5,6 +5,8 @@ import copy
 import torch
 from transformers import Qwen4ExpConfig, Qwen4ExpForCausalLM, Qwen4ExpForConditionalGeneration, Qwen4ExpTextConfig
 
+from tiercache.adapters.transformers import offload, write_tables
+
 EOS = 1
 _TEXT = {
     "vocab_size": 64,
@@ -97,3 +99,29 @@ def config_for(sections, model, share=0.05):
         "host": {"capacity": int(sum(table.nbytes for table in tables) * share)},
         "storage": {"engine": "threads", "queue_depth": 8},
     }
+
+
+def offloaded(model, directory):
+    return offload(model, config_for(write_tables(model, directory), model))
+
+
+def logits_of(model, tokens, mask, **more):
+    with torch.no_grad():
+        return model(tokens, attention_mask=mask, **more).logits
+
+
+def decoded(model, tokens, mask, *, steps=6):
+    """Logits of a prefill in two pieces and of some steps of decoding, all with one cache."""
+    outputs, cache = [], None
+    more = torch.randint(2, 64, (len(tokens), steps), generator=torch.Generator().manual_seed(9))
+    more[0, 2] = EOS
+    pieces = [tokens[:, :7], tokens[:, 7:], *more.split(1, dim=1)]
+    mask = torch.cat([mask, torch.ones_like(more)], dim=1)
+    end = 0
+    with torch.no_grad():
+        for piece in pieces:
+            end += piece.shape[1]
+            output = model(piece, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            outputs.append(output.logits)
+    return torch.cat(outputs, dim=1)
