@@ -3,7 +3,8 @@
     tiercache.adapters.vllm.install("store.toml")  # before the model is built, in the process that builds it
 
 is to be called by a plugin of the group `vllm.general_plugins`, which vLLM loads in each of its processes. Tables of the
-store are named "layers.L" by the layer, from zero. Written for vLLM 0.33.0, `engram_config.cpu_offload`, one GPU.
+store are named "layers.L" by the layer, from zero. Written for vLLM 0.33.0, its models for NVIDIA,
+`engram_config.cpu_offload`, one GPU.
 
 What was run: the modules below, on the CPU, against the sources of vLLM 0.33.0 with what they import left out: their tables
 answer as vLLM's modules ask. What was not: a GPU, a whole engine, CUDA graphs. To be expected there:
