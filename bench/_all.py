@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("cold", "hot", "small", "mixed", "memory", "startup", "policies", "tiers", "kernels", "hashing")
-_WITHOUT_TABLE = ("hot", "policies", "tiers", "kernels", "hashing")
+NAMES = ("cold", "hot", "small", "mixed", "memory", "restart", "startup", "policies", "hashing", "tiers", "kernels")
+_WITHOUT_TABLE = ("hot", "policies", "hashing", "tiers", "kernels")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 
 from tiercache.level import Level
@@ -44,3 +45,12 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], Any]]]:
         thing = reference()
         if thing is not None:
             thing.check()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch computes in the caller's thread: small models are faster so, and sums come in one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -42,6 +42,7 @@ class FakeDevice:
         self.streams: dict[Any, deque[tuple[str, Any]]] = {}
         self.num_waits = self.num_allocations = self.num_faults = 0
         self.stream = "main"
+        self.loads: list[tuple[int, int]] = []
 
     # the order of things
 
@@ -144,6 +145,12 @@ class FakeDevice:
             rows.copy_(raw if out.dtype == torch.uint8 else record.decode(raw.contiguous(), out.dtype))
 
         self.queue(stream, "run", run)
+
+    def load(self, file: Any, offset: int, target: torch.Tensor) -> tuple[str, ...]:
+        self.loads.append((offset, target.numel()))
+        data = np.fromfile(file.path, np.uint8, target.numel(), offset=offset)
+        target.copy_(torch.from_numpy(data).view(target.shape))
+        return ("loaded by a fake",)
 
     def record(self, stream: Any) -> FakeEvent:
         event = FakeEvent(self)

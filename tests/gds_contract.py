@@ -17,11 +17,13 @@ from typer.testing import CliRunner
 
 from tiercache import cli
 from tiercache.errors import ClosedError, StorageError
-from tiercache.storage import gds
-from tiercache.storage.gds import GDS_BYTES, GdsEngine, load
+from tiercache.storage import gds, open_table
+from tiercache.storage.gds import GdsEngine, load
+from tiercache.storage.image import about_tables, open_image
 from tiercache.storage.memory import MemoryTable
 from tiercache.storage.pack import pack_rows
 from tiercache.storage.queue import stop
+from tiercache.storage.table import open_file
 from tiercache.store import Store
 from tiercache.testing import EngineContract, broken, oracle
 
@@ -258,12 +260,12 @@ def extent(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("offset", "num_bytes"), [(0, GDS_BYTES), (4096, 2 << 20), (777, 3 << 20), (0, (3 << 20) + 777), (5, 1), (9, 0)]
+    ("offset", "num_bytes"), [(0, 65536), (4096, 2 << 20), (777, 3 << 20), (0, (3 << 20) + 777), (5, 1), (9, 0)]
 )
 def test_a_load_is_exact(extent, offset, num_bytes):
     path, content = extent
     target = np.full(num_bytes + 10, 0xEE, np.uint8)
-    load(path, offset, num_bytes, target)
+    load(open_file(path), offset, num_bytes, target)
     assert np.array_equal(target[:num_bytes], content[offset : offset + num_bytes])
     assert (target[num_bytes:] == 0xEE).all()
     assert descriptors_of(path) == 0
@@ -273,7 +275,7 @@ def test_a_load_is_exact(extent, offset, num_bytes):
 def test_a_load_into_a_tensor(extent, dtype):
     path, content = extent
     target = torch.zeros((256, 1024), dtype=dtype, requires_grad=dtype == torch.float32)
-    load(str(path), 512, target.nbytes, target)
+    load(open_file(path), 512, target.nbytes, target)
     assert np.array_equal(target.detach().view(torch.uint8).numpy().ravel(), content[512 : 512 + target.nbytes])
 
 
@@ -281,7 +283,7 @@ def test_loads_from_many_threads(extent):
     path, content = extent
     targets = np.zeros((16, 1 << 20), np.uint8)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: load(path, number * 1000, 1 << 20, targets[number]), range(16)))
+        list(pool.map(lambda number: load(open_file(path), number * 1000, 1 << 20, targets[number]), range(16)))
     for number, target in enumerate(targets):
         assert np.array_equal(target, content[number * 1000 : number * 1000 + (1 << 20)])
 
@@ -292,16 +294,41 @@ def test_a_load_that_fails_says_what_where_and_why(extent, tmp_path):
     cases = [
         (path, 1 << 20, (2 << 20) + 778, errno.ENODATA, r"too soon \(load of 2097930 bytes at offset 1048576, .* 3145728\)"),
         (path, content.size, 1, errno.ENODATA, "ends too soon"),
-        (tmp_path / "none", 0, 1, errno.ENOENT, "No such file"),
-        (tmp_path, 0, 1, errno.EISDIR, "Is a directory"),
-        ("/proc/self/mem", 0, GDS_BYTES, errno.EIO, r"Input/output error \(load of 65536 bytes at offset 0"),
+        (Path("/proc/self/mem"), 0, 65536, errno.EIO, r"Input/output error \(load of 65536 bytes at offset 0"),
     ]
     before = len(os.listdir("/proc/self/fd"))
     for broken_path, offset, num_bytes, number, message in cases:
         with pytest.raises(StorageError, match=message) as caught:
-            load(broken_path, offset, num_bytes, target)
+            load(open_file(broken_path), offset, num_bytes, target)
         assert (caught.value.errno, caught.value.filename) == (number, str(broken_path))
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_that_is_not_what_it_was(extent):
+    path, content = extent
+    file = open_file(path)
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(StorageError, match="changed since") as caught:
+        load(file, 0, 1, np.zeros(9, np.uint8))
+    assert caught.value.errno == errno.ESTALE
+
+
+def test_the_slots_of_an_image(tmp_path):
+    """What a device tier does with its part, into host memory."""
+    table = write_rows(tmp_path / "t.safetensors", 500, 264)
+    config = {**config_of(table), "device": {"device": "cpu", "capacity": 272 * 300}}
+    with Store.open(config) as store:
+        for _ in range(2):
+            store.fetch(range(300))
+        store.save(tmp_path / "tiers")
+    slots = np.zeros((300, 272), np.uint8)
+    with open_image(tmp_path / "tiers", about_tables({"file": open_table("file", table)}), 264) as parts:
+        part = parts["device"]
+        by_descriptor = part.file._replace(path=Path(f"/proc/self/fd/{part.descriptor}"))
+        load(by_descriptor, part.offset, slots.nbytes, slots)
+    assert sorted(part.rows) == list(range(300))
+    assert np.array_equal(slots[:, :264], oracle(part.rows, 264))
 
 
 def test_a_target_that_cannot_take_a_load(extent):
@@ -318,7 +345,7 @@ def test_a_target_that_cannot_take_a_load(extent):
         (square, -1, 1, "at offset -1"),
     ]:
         with pytest.raises(ValueError, match=message):
-            load(path, offset, num_bytes, target)
+            load(open_file(path), offset, num_bytes, target)
     assert not square.any()
 
 
@@ -327,10 +354,10 @@ def test_a_load_into_device_memory(extent):
         pytest.skip("torch has no device here")
     path, content = extent
     target = torch.zeros(content.size, dtype=torch.uint8, device="cuda")
-    load(path, 0, content.size, target)
+    load(open_file(path), 0, content.size, target)
     assert np.array_equal(target.cpu().numpy(), content)
     with pytest.raises(StorageError, match="ends too soon"):
-        load(path, 1, content.size, target)
+        load(open_file(path), 1, content.size, target)
 
 
 # errors of kvikio

@@ -4,11 +4,13 @@ import importlib.util
 import inspect
 import re
 import tomllib
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 from tiercache.config import HostConfig, StorageConfig, StoreConfig
@@ -21,8 +23,8 @@ from tiercache.testing import OracleSource
 _ROOT = Path(__file__).parent.parent
 
 
-def load_embedding() -> Any:
-    spec = importlib.util.spec_from_file_location("embedding", _ROOT / "examples" / "embedding.py")
+def load_example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, _ROOT / "examples" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -31,14 +33,22 @@ def load_embedding() -> Any:
 
 
 def test_the_embedding_example_runs(tmp_path: Path) -> None:
-    assert load_embedding().main(tmp_path).shape == (2, 3, 64)
+    assert load_example("embedding").main(tmp_path).shape == (2, 3, 64)
+
+
+def test_the_qwen_example_runs(tmp_path: Path, one_thread: None) -> None:
+    console = Console(file=StringIO(), width=120)
+    assert load_example("qwen_offload").main(tmp_path, console).shape == (2, 28)
+    printed = console.file.getvalue()
+    assert "5 % of it in memory; logits are equal to the bit: True" in printed
+    assert "host, s3fifo" in printed
 
 
 @pytest.mark.parametrize("indices", [torch.tensor([4, 5]), torch.tensor([[1], [2]]), torch.tensor([], dtype=torch.int64)])
 def test_the_embedding_gives_the_rows_asked_for_and_not_those_prefetched(indices: torch.Tensor) -> None:
     weight = torch.randn(10, 4)
     with Store.open({"host": {"capacity": "160B"}}, tables={"embed": weight}) as store:
-        embedding = load_embedding().StoredEmbedding(store)
+        embedding = load_example("embedding").StoredEmbedding(store)
         prefetched = torch.tensor([1, 2])
         embedding.prefetch(prefetched)
         prefetched.fill_(7)
@@ -52,7 +62,7 @@ def test_the_embedding_gives_the_rows_asked_for_and_not_those_prefetched(indices
 def test_the_example_config_has_every_setting_and_only_those() -> None:
     config = StoreConfig.load(_ROOT / "examples" / "store.toml")
     given = config.model_dump(exclude_unset=True)
-    assert set(given) == {"dtype", "mode", "tables", "device", "host", "storage"}
+    assert set(given) | {"restore"} == set(StoreConfig.model_fields)
     assert config.device is not None
     for section, tier in (("device", config.device), ("host", config.host)):
         assert set(given[section]) | {"hot_set"} == set(type(tier).model_fields)

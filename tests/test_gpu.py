@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from stores import ENGRAM, open_with, write_rows
+from stores import ENGRAM, config_of, open_with, write_rows
 
+from tiercache import Store
 from tiercache.storage.memory import MemoryTable
+from tiercache.storage.table import open_file
 from tiercache.testing import oracle
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
@@ -96,5 +98,20 @@ def test_a_bulk_load_goes_straight_to_the_device(tmp_path):
     content = oracle(np.arange(1), 1 << 20)[0]
     (tmp_path / "b.bin").write_bytes(content.tobytes())
     target = torch.zeros(1 << 20, dtype=torch.uint8, device="cuda")
-    gds.load(tmp_path / "b.bin", 0, 1 << 20, target)
+    gds.load(open_file(tmp_path / "b.bin"), 0, 1 << 20, target)
     assert np.array_equal(target.cpu().numpy(), content)
+
+
+@pytest.mark.filterwarnings("ignore:tiercache:RuntimeWarning")
+def test_a_device_tier_is_saved_and_restored(tmp_path):
+    pytest.importorskip("kvikio", reason="kvikio is not installed")
+    table = write_rows(tmp_path / "t.safetensors", NUM_ROWS, 264)
+    config = {**config_of(table), "device": {"device": "cuda", "capacity": 272 * 100}}
+    with Store.open(config) as store:
+        for _ in range(3):
+            store.fetch(range(100), raw=True)
+        torch.cuda.synchronize()
+        assert store.save(tmp_path / "tiers") >= 200
+    with Store.open({**config, "restore": str(tmp_path / "tiers")}) as store:
+        assert store.stats().device.used_slots == 100
+        assert np.array_equal(store.fetch(range(NUM_ROWS), raw=True).cpu().numpy(), RECORDS)

@@ -267,7 +267,7 @@ def gathered(num_bytes, num_positions, skew):
     memory = np.full(num_positions * num_bytes + 256, 0xEE, np.uint8)
     begin = -memory.ctypes.data % 64 + skew
     end = begin + num_positions * num_bytes
-    memories = host.Memories(0, 0, tier.address, staging.ctypes.data, stride)
+    memories = host.Memories(0, 0, tier.at.address, staging.ctypes.data, stride)
     host.gather_to(where, memories, memory.ctypes.data + begin, num_bytes)
     rows = np.where(where >= 0, where, capacity + ~where.astype(np.int64))
     expected = oracle(np.arange(capacity + staged), num_bytes)[rows]

@@ -310,3 +310,8 @@ def test_fetch_under_another_default_device():
     with Store.open(config_of(), tables={"t": table}) as store, torch.device("meta"):
         rows = store.fetch([3, 4])
     assert rows.numpy().tobytes() == table[3:5].tobytes()
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")
+def test_graphs_are_split_around_it():
+    assert torch.Tag.cudagraph_unsafe in torch.ops.tiercache.fetch.default.tags

@@ -1,6 +1,6 @@
 """The configuration of a store: every setting with its default, unit and reason. Read by `store` and `cli` only.
 
-The first four settings say what a store does, the two sections how fast. `StoreConfig.load` takes a TOML file or a
+The first five settings say what a store does, the two sections how fast. `StoreConfig.load` takes a TOML file or a
 mapping of the same shape; whatever it refuses is a ConfigError that names the field, the value and what is allowed.
 """
 
@@ -142,6 +142,8 @@ class StoreConfig(_Section):
     """What `fetch` returns. auto: the table's own dtype, bfloat16 for fp8."""
     mode: Literal["r"] = "r"
     """Read-only; the one mode there is."""
+    restore: _Path | None = None
+    """An image that `Store.save` wrote: the tiers begin with what they held. Where nothing is there yet they begin empty."""
     tables: tuple[TableConfig, ...] = Field((), alias="table")
     """Tables on disk. They share the tiers."""
     device: DeviceConfig | None = None

@@ -65,8 +65,8 @@ class Ticket:
 
     def __init__(self, store: "Store", flight: Flight, abandon: Callable[[Flight], Any]) -> None:
         self._store = store
-        self._flight: Flight | None = flight
         self._abandon = abandon
+        self._flight: Flight | None = flight  # last: what has a flight can let go of it
 
     @property
     def open(self) -> bool:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tiercache.errors import ClosedError
 from tiercache.flight import Flight
 from tiercache.request import rows_of
 
@@ -97,9 +98,14 @@ class StaticFetch:
         self._retire(self._halves[1 - half], stream)
 
     def launch(self, stream: Any = None) -> None:
-        """Queue the gather into `out`. This is what a graph captures. RuntimeError before the first load."""
+        """Queue the gather into `out`. This is what a graph captures.
+
+        RuntimeError before the first load, ClosedError after `close`.
+        """
         if not self._loads:
             raise RuntimeError("a static fetch is loaded before it is launched or captured")
+        if all(flight is None or flight.ended for flight in self._halves) or self._store._closed:
+            raise ClosedError("the static fetch, or its store, is closed: its rows are in no slots any more")
         self._tier.launch(self._where, self._view, self.out, self._table.record, stream)
 
     def close(self) -> None:

@@ -86,8 +86,10 @@ def _fetch_fake(indices: torch.Tensor, store: str, table: str) -> torch.Tensor:
     return torch.empty((*indices.shape, wanted.record.dim), dtype=wanted.dtype, device=device)
 
 
+# A fetch plans on the host, so that CUDA graphs must be split around it; older releases of torch have no word for that.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 # Not custom_op, whose wrapper takes several times as long as the dispatcher does.
-torch.library.define("tiercache::fetch", "(Tensor indices, str store, str table) -> Tensor")
+torch.library.define("tiercache::fetch", "(Tensor indices, str store, str table) -> Tensor", tags=_TAGS)
 torch.library.impl("tiercache::fetch", "default", _fetch)
 torch.library.register_fake("tiercache::fetch", _fetch_fake)
 _OPERATOR = torch.ops.tiercache.fetch.default

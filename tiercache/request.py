@@ -1,5 +1,6 @@
 """What a caller may ask for: indices, tables, outputs. Every check of an argument, before anything changes."""
 
+import operator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,6 +50,17 @@ def rows_of(indices: Any, table: Table, device: torch.device) -> tuple[npt.NDArr
             f"table {table.name!r} has rows 0 to {table.num_rows - 1}"
         )
     return rows, shape
+
+
+def shape_of(shape: Any) -> tuple[int, ...]:
+    """A shape, from any sequence of counts. TypeError or ValueError for what is none."""
+    try:
+        counts = tuple(map(operator.index, shape))
+    except TypeError as error:
+        raise TypeError(f"shape = {shape!r}: allowed is a sequence of integers") from error
+    if min(counts, default=0) < 0:
+        raise ValueError(f"shape = {shape!r}: allowed are counts of 0 or more")
+    return counts
 
 
 def check_tensor(indices: torch.Tensor, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
 from numbers import Real
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,18 +18,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tiercache import warm
 from tiercache.assemble import level_of, options_of, stats_of
 from tiercache.config import StoreConfig
 from tiercache.errors import ClosedError, ConfigError, StorageError
 from tiercache.flight import Flight, Ticket
 from tiercache.graph import StaticFetch
 from tiercache.level import MAX_PINS, PINNED, SLOT, pending_of
-from tiercache.request import Table, checked, rows_of, with_values
+from tiercache.request import Table, checked, rows_of, shape_of, with_values
 from tiercache.source import Source
 from tiercache.stats import StoreStats
 from tiercache.storage import open_table
 from tiercache.storage import queue as q
 from tiercache.storage.disk import Disk
+from tiercache.storage.image import AboutTable, about_tables
 from tiercache.storage.memory import sources_of
 from tiercache.storage.reader import Reader, SourceReader
 from tiercache.storage.reads import Targets
@@ -104,6 +107,14 @@ class Store:
                 self._disk.close()
             raise
         self._finalizer = weakref.finalize(self, _end, self._process, self._disk, self._sources, self._top)
+        self._files = {name: table for name, table in tables.items() if isinstance(table, FileTable)}
+        self._restored: tuple[str, ...] = ()
+        if config.restore is not None:
+            try:
+                self._restored = self._restore(config.restore, num_rows)
+            except BaseException:
+                self.close()
+                raise
 
     @classmethod
     def open(
@@ -136,7 +147,7 @@ class Store:
         tiers = {"host": settings.host, "device": settings.device}
         options = {name: options_of(name, tier, num_rows) for name, tier in tiers.items() if tier is not None}
         store = cls(settings, described, options)
-        for note in store._disk.notes if store._disk else ():
+        for note in (*(store._disk.notes if store._disk else ()), *store._restored):
             warnings.warn(f"tiercache: {note}", RuntimeWarning, stacklevel=2)
         return store
 
@@ -254,10 +265,26 @@ class Store:
         Needs a device tier with streams: ValueError without one. The other arguments and errors are those of `fetch`.
         """
         wanted = self._table(table)
+        shape = shape_of(shape)
         if not isinstance(self._device, StreamTier):
             raise ValueError("static_fetch: needs a device tier with streams; a store on the CPU has none")
         result, _ = self._outputs(wanted, shape, 0, None, out, raw)
         return StaticFetch(self, self._device, wanted, shape, result)
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Save what the tiers hold to an image, for the setting `restore` of the next store; the number of rows in it.
+
+        Other threads may fetch meanwhile. An image that is there is replaced once the new one is whole and on the disk. Only a
+        store whose tables are all on disk can be saved: ConfigError where one is a source, as nobody knows what that holds
+        next time. StorageError where the image cannot be written, where something else is in its place, or where somebody
+        else is just writing it. A relative path begins at the current directory.
+        """
+        self._require_here()
+        self._require_open()
+        about = self._about("save")
+        with self._lock:
+            self._reap(len(self._abandoned))  # what has risen is then known to be there
+        return warm.save(Path(path), self._tiers, about, self._stride, self._lock, self._require_open)
 
     def stats(self) -> StoreStats:
         """Counts since open, and what serves."""
@@ -305,6 +332,25 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def _tiers(self) -> dict[str, warm.Tier]:
+        """The tiers by name, the device's first."""
+        return ({} if self._device is None else {"device": self._device}) | {"host": self._host}
+
+    def _about(self, what: str) -> list[AboutTable]:
+        """What an image says of the tables. ConfigError where one is a source."""
+        if sources := [name for name in self._tables if name not in self._files]:
+            raise ConfigError(f"{what}: table {sources[0]!r} is a source, not a file; allowed are tables on disk")
+        return about_tables(self._files)
+
+    def _restore(self, path: Path, num_rows: int) -> tuple[str, ...]:
+        """Fill the tiers from an image; notes on it."""
+        about = self._about(f"restore = {str(path)!r}")
+        if not os.path.lexists(path) and path.parent.is_dir():
+            return (f"restore: nothing is at {path} yet, the tiers begin empty",)
+        record_bytes = max(table.record_bytes for table in self._files.values())
+        return warm.restore(path, self._tiers, about, record_bytes, num_rows)
 
     def _table(self, name: str | None) -> Table:
         if name is None:

@@ -45,10 +45,7 @@ from tiercache.storage.queue import (
     stop,
     take,
 )
-from tiercache.storage.table import storage_error
-
-GDS_BYTES = 64 << 10
-"""Shortest extent that is worth a `load`; rows are shorter, and belong to an engine."""
+from tiercache.storage.table import TableFile, open_readonly
 
 _TASK_BYTES = 1 << 20
 _THREADS = 16
@@ -80,6 +77,11 @@ def _kvikio() -> Any:
 
 def _open(kvikio: Any, descriptor: int) -> Any:
     return kvikio.CuFile(f"/proc/self/fd/{descriptor}")
+
+
+def _compat(kvikio: Any) -> tuple[str, ...]:
+    """A note where kvikio reads without GPUDirect Storage."""
+    return ("gds reads in compat mode (no GPUDirect Storage here)",) if kvikio.defaults.is_compat_mode_preferred() else ()
 
 
 def _number(error: Exception) -> int:
@@ -134,9 +136,7 @@ class GdsEngine:
         self.queue = queue
         self.underway = Underway()
         self._kvikio = _kvikio()
-        self.notes: tuple[str, ...] = ()
-        if self._kvikio.defaults.is_compat_mode_preferred():
-            self.notes += ("gds reads in compat mode (no GPUDirect Storage here)",)
+        self.notes = _compat(self._kvikio)
         if alignment > 1:
             self.notes += ("gds reads rows through the page cache, not with O_DIRECT",)
         buffer = aligned_buffer(depth * slot_bytes)
@@ -249,20 +249,18 @@ def _take(queue: Any, taken: Any, room: int, patient: bool, scratch: Any) -> int
     return count
 
 
-def load(path: str | os.PathLike[str], offset: int, num_bytes: int, target: Any) -> None:
-    """Read one extent of a file into the first `num_bytes` of `target`, in parallel.
+def load(file: TableFile, offset: int, num_bytes: int, target: Any) -> tuple[str, ...]:
+    """Read one extent of a file into the first `num_bytes` of `target`, in parallel. For extents of 64 KiB and more.
 
     target: a contiguous torch tensor, numpy array or cupy array, on whichever device it lies; nothing else may use it
-    meanwhile. Returns when every byte is there. Raises StorageError with path, offset and errno where one is not, and
-    then the content of the target is undefined; ValueError for a target that cannot take them; ConfigError as the engine does.
+    meanwhile. Returns when every byte is there, with a note in compat mode. Raises StorageError with path, offset and errno
+    where one is not, and then the content of the target is undefined; StorageError (ESTALE) for a file that is not any more
+    what it was; ValueError for a target that cannot take them; ConfigError as the engine does.
     """
     kvikio, memory = _kvikio(), _bytes(target)
     if offset < 0 or not 0 <= num_bytes <= memory.nbytes:
         raise ValueError(f"{num_bytes} bytes at offset {offset} do not fit a target of {memory.nbytes} bytes")
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise storage_error(error, path) from error
+    descriptor = open_readonly(file)
     try:
         failures = _load(kvikio, descriptor, offset, memory[:num_bytes])
     finally:
@@ -271,8 +269,9 @@ def load(path: str | os.PathLike[str], offset: int, num_bytes: int, target: Any)
         at, number = failures[0]
         what = "the file ends too soon" if number == ENODATA else os.strerror(number)
         raise StorageError(
-            number, f"{what} (load of {num_bytes} bytes at offset {offset}, in the task at offset {at})", os.fspath(path)
+            number, f"{what} (load of {num_bytes} bytes at offset {offset}, in the task at offset {at})", str(file.path)
         )
+    return _compat(kvikio)
 
 
 def _load(kvikio: Any, descriptor: int, offset: int, memory: Any) -> list[tuple[int, int]]:

@@ -29,10 +29,10 @@ from tiercache.storage.checksum import PAGE_BYTES, checksum_pages
 from tiercache.storage.table import (
     FileTable,
     TableFile,
+    failures,
     open_readonly,
     read_exactly,
     require_unchanged,
-    storage_error,
 )
 from tiercache.storage.zarr import Layout, describe_table, open_zarr, plan_layout, read_description
 
@@ -270,7 +270,7 @@ def _staging(destination: Path, layout: Layout) -> Iterator[Path]:
         raise StorageError(errno.EEXIST, "the destination exists and is not overwritten", str(destination))
     prefix = f".{destination.name}.packing-"
     staging = destination.with_name(prefix + secrets.token_hex(8))
-    with _failures(destination.parent):
+    with failures(destination.parent):
         _remove_leftovers(destination.parent, prefix)
         _require_space(destination, layout)
         staging.mkdir()
@@ -279,7 +279,7 @@ def _staging(destination: Path, layout: Layout) -> Iterator[Path]:
         with suppress(OSError):  # a file system without locks: there the leftovers of killed builders stay
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield staging
-        with _failures(destination):
+        with failures(destination):
             for directory, _, _ in os.walk(staging, topdown=False):
                 _flush_directory(Path(directory))
             staging.rename(destination)
@@ -312,12 +312,12 @@ def _require_space(destination: Path, layout: Layout) -> None:
 @contextmanager
 def _create(path: Path) -> Iterator[int]:
     """Descriptor of a new file, which is on the disk after the block."""
-    with _failures(path):
+    with failures(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         yield descriptor
-        with _failures(path):
+        with failures(path):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -325,7 +325,7 @@ def _create(path: Path) -> Iterator[int]:
 
 def _write_all(descriptor: int, path: Path, data: bytes | memoryview) -> None:
     view = memoryview(data).cast("B")
-    with _failures(path):
+    with failures(path):
         while view:
             view = view[os.write(descriptor, view) :]
 
@@ -336,17 +336,6 @@ def _flush_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _failures(path: Path) -> Iterator[None]:
-    """Failures of the system become StorageErrors that name the path."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        raise storage_error(error, path) from error
 
 
 def _read_checksums(file: TableFile) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:

@@ -274,8 +274,9 @@ def _assemble(
             held.append((offset, _read_whole(parts[field.name], num_rows, field.nbytes)))
         else:
             extents += _extents(parts[field.name], files, field.nbytes, offset)
+    others = tuple(dict.fromkeys(tensor.file for tensors in parts.values() for tensor in tensors if tensor.file not in files))
     identity = _identity(record, num_rows, parts)
-    return FileTable(name, num_rows, record, files, tuple(extents), tuple(held), None, identity)
+    return FileTable(name, num_rows, record, files, tuple(extents), tuple(held), None, identity, others)
 
 
 def _extents(parts: list[Tensor], files: Sequence[TableFile], nbytes: int, record_offset: int) -> list[Extent]:

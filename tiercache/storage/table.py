@@ -8,6 +8,8 @@ row exactly once, and an extent lies wholly inside its file.
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -74,6 +76,7 @@ class FileTable:
     resident: tuple[tuple[int, npt.NDArray[np.uint8]], ...]  # (record_offset, uint8[num_rows, nbytes] in RAM)
     checksums: PageChecksums | None
     identity: str  # hex digest that names the data
+    resident_files: tuple[TableFile, ...] = ()  # others that were read for what is in RAM
     notes: tuple[str, ...] = ()  # what whoever opens it should know
 
     @property
@@ -150,3 +153,14 @@ def storage_error(error: OSError, path: str | os.PathLike[str]) -> StorageError:
     """The same failure, as an error of this package that names the path."""
     number = errno.EIO if error.errno is None else error.errno
     return StorageError(number, error.strerror or str(error), os.fspath(path))
+
+
+@contextmanager
+def failures(path: Path) -> Iterator[None]:
+    """Failures of the system become StorageErrors that name the path."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise storage_error(error, path) from error

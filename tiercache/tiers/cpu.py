@@ -3,18 +3,13 @@
 Everything is done when a call returns: there are no streams, and nothing is ever on its way up.
 """
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tiercache.level import Level
-from tiercache.native import PREFETCH_BYTES, copy, int64, lean, prefetch
 from tiercache.stack import StackPlan, plan_stack
-from tiercache.tiers.host import CpuMemory, HostBuffer, HostTier, Memories, gather_to
-
-_AHEAD = 16
+from tiercache.tiers.host import CpuMemory, HostBuffer, HostTier, Memories, copy_slots, gather_to
 
 
 class CpuTier(CpuMemory):
@@ -24,9 +19,10 @@ class CpuTier(CpuMemory):
         self.level = level
         self.capacity_bytes = level.capacity * host.stride
         self._host, self._most = host, most
-        self._buffer = HostBuffer(level.capacity, host.stride)
-        self._address: int = self._buffer.slots.ctypes.data
-        super().__init__(Memories(self._address, level.capacity, host.address, 0, host.stride))
+        buffer = HostBuffer(level.capacity, host.stride)
+        super().__init__(
+            buffer, Memories(buffer.slots.ctypes.data, level.capacity, host.at.address, 0, host.stride)
+        )
 
     def room(self, size: int) -> StackPlan:
         """Room for the plan of a batch."""
@@ -66,15 +62,4 @@ class CpuTier(CpuMemory):
         assert plan.above is not None
         sources, slots = plan.above.fill, plan.above.held[plan.above.hits :]
         if sources.size:
-            _fill(sources, slots, self._host.address, self._address, self.stride)
-
-
-@lean
-def _fill(sources: Any, slots: Any, lower: int, upper: int, stride: int) -> None:
-    """Copy host slots sources[i] (int32[m]) to device slots slots[i]."""
-    for i in range(sources.size):
-        if i + _AHEAD < sources.size:
-            begin = lower + int64(sources[i + _AHEAD]) * stride
-            for line in range(begin, begin + stride, PREFETCH_BYTES):
-                prefetch(line)
-        copy(upper + int64(slots[i]) * stride, lower + int64(sources[i]) * stride, stride)
+            copy_slots(sources, self._host.at, slots, self.at)

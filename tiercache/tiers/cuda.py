@@ -13,6 +13,8 @@ import torch
 
 from tiercache.errors import ConfigError
 from tiercache.records import Record
+from tiercache.storage import gds
+from tiercache.storage.table import TableFile
 
 _PORTABLE_MAPPED = 0x1 | 0x2
 
@@ -132,6 +134,12 @@ class CudaDevice:
         """Decode or copy the records at places into out."""
         with torch.cuda.device(self.torch_device), torch.cuda.stream(stream):
             self._gather(where, upper, lower, staging, out.view(where.numel(), out.shape[-1]), record)
+
+    def load(self, file: TableFile, offset: int, target: torch.Tensor) -> tuple[str, ...]:
+        """Read one extent of a file into device memory, through kvikio; a note if that is in compat mode."""
+        with torch.cuda.device(self.torch_device):
+            self.side.synchronize()  # torch may have given out memory whose last user is still under way
+            return gds.load(file, offset, target.nbytes, target)
 
     def record(self, stream: torch.cuda.Stream) -> CudaEvent:
         """An event behind everything queued on the stream so far."""

@@ -8,20 +8,25 @@ Three rules keep every byte right, whatever order the streams run in:
    its way up makes its stream wait for the last copy begun; `side` runs in order, so that is enough.
 3. Places travel to the device through pinned memory that is used again only when the event behind its last reader is done.
 
-The host waits for the device in three cases only: at `close`, if `MAX_PARCELS` batches of places are under way, and where
-indices come from the device.
+The host waits for the device in five cases only: at `close`, if `MAX_PARCELS` batches of places are under way, where indices
+come from the device, to save or restore an image, and in `load` of a static fetch whose launch before the last has not run.
 """
 
 from collections import deque
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from tiercache.errors import FormatError
 from tiercache.level import Level
-from tiercache.records import Record
+from tiercache.records import Record, plain
 from tiercache.stack import StackPlan, plan_stack
+from tiercache.storage.image import Part
+from tiercache.storage.table import TableFile
 from tiercache.tiers.host import HostTier
 
 MAX_PARCELS = 256
@@ -82,6 +87,9 @@ class Device(Protocol):
         stream: Any,
     ) -> None:
         """Decode the records at places int32[n] into out: [n, dim], or copy them where out is uint8[n, record_bytes]."""
+
+    def load(self, file: TableFile, offset: int, target: torch.Tensor) -> tuple[str, ...]:
+        """Read one extent of a file into device memory that nothing else uses. Returns when it is there; notes on how."""
 
     def record(self, stream: Any) -> Event:
         """An event behind everything queued on the stream so far."""
@@ -248,6 +256,40 @@ class StreamTier:
         stream = self.device.current() if stream is None else stream
         self.device.gather(where, self._slots, self._lower, staging, out, record, stream)
 
+    def read_slots(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
+        """A copy of slots on the host, uint8[n, stride]. They are pinned, and their bytes are there. Waits for the device."""
+        side, stride = self.device.side, self._host.stride
+        parcel = self._parcels.send(slots, side)
+        records = self.device.empty((slots.size, stride), torch.uint8, side)
+        self.launch(parcel.target[: slots.size], self._no_rows, records, plain("U8", stride), side)
+        event = self.device.record(side)
+        self._parcels.give_back(parcel, event)
+        event.wait()
+        return records.cpu().numpy()
+
+    def restore(self, part: Part, positions: npt.NDArray[np.int64], slots: npt.NDArray[np.int32]) -> tuple[str, ...]:
+        """Read slots positions[i] of an image to slots[i], straight from the disk; notes on how.
+
+        Checksums are compared with what is on the device then. FormatError where one is wrong.
+        """
+        if part.stride != self._host.stride:
+            raise FormatError(f"{part.file.path}: not an image of tiers: slots of {part.stride} bytes on the device")
+        file = part.file._replace(path=Path(f"/proc/self/fd/{part.descriptor}"))
+        breaks = np.flatnonzero((np.diff(positions) != 1) | (np.diff(slots) != 1)) + 1
+        notes: dict[str, None] = {}
+        for first, end in zip([0, *breaks], [*breaks, positions.size], strict=True):
+            if first < end:
+                target = self._slots[slots[first] : slots[first] + end - first]
+                offset = part.offset + int(positions[first]) * part.stride
+                notes |= dict.fromkeys(self.device.load(file, offset, target))
+        for first, count, which in part.pieces(positions):
+            loaded = self._slots[torch.from_numpy(slots[which].astype(np.int64)).to(self.torch_device)].cpu().numpy()
+            if len(loaded) == count:
+                part.require_intact(first, loaded)
+            else:
+                part.read(positions[which], partial(_require_equal, part, loaded))
+        return tuple(notes)
+
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, stream: Any) -> torch.Tensor:
         """An output, of the stream that will write it."""
         return self.device.empty(shape, dtype, stream)
@@ -260,3 +302,11 @@ class StreamTier:
     def close(self) -> None:
         """Wait until the device has done all that was queued."""
         self.device.close()
+
+
+def _require_equal(
+    part: Part, loaded: npt.NDArray[np.uint8], _: slice, places: npt.NDArray[np.int32], piece: npt.NDArray[np.uint8]
+) -> None:
+    """FormatError unless some of a piece's slots were loaded as they are."""
+    if not np.array_equal(loaded, piece[places]):
+        raise FormatError(f"{part.file.path}: damaged: what the device read of it is not what the host reads")

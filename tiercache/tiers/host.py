@@ -14,8 +14,9 @@ from tiercache.level import Level
 from tiercache.native import PREFETCH_BYTES, copy, fence, int64, lean, prefetch, stream
 from tiercache.records import Record
 from tiercache.stack import StackPlan
+from tiercache.storage.image import Part
 
-_AHEAD = 48
+_AHEAD, _NEAR = 48, 16
 _STREAM_BYTES = 2048
 _LARGE_BYTES = 4 << 20
 """Outputs from this size on are written past the caches, whose second level they exceed."""
@@ -93,6 +94,26 @@ def _ask(where: Any, i: int, memories: Memories, num_bytes: int) -> None:
             prefetch(line)
 
 
+class Slots(NamedTuple):
+    """Where slots are: the address of the first, and bytes between them."""
+
+    address: int
+    stride: int
+
+
+@lean
+def copy_slots(sources: Any, lower: Slots, slots: Any, upper: Slots) -> None:
+    """Copy slots sources[i] (int32[m]) of `lower` to slots slots[i] (int32[m]) of `upper`, as much as fits both."""
+    num_bytes = min(lower.stride, upper.stride)
+    for i in range(sources.size):
+        if i + _NEAR < sources.size:
+            begin = lower.address + int64(sources[i + _NEAR]) * lower.stride
+            for line in range(begin, begin + num_bytes, PREFETCH_BYTES):
+                prefetch(line)
+        source = lower.address + int64(sources[i]) * lower.stride
+        copy(upper.address + int64(slots[i]) * upper.stride, source, num_bytes)
+
+
 def gather_to(where: npt.NDArray[np.int32], memories: Memories, out: int, num_bytes: int) -> None:
     """`gather`, past the caches where the output is large."""
     if where.size * num_bytes < _LARGE_BYTES or num_bytes > _STREAM_BYTES or out % 64:
@@ -109,10 +130,28 @@ class CpuMemory:
     decodes = False
     """Whether `gather` writes decoded rows; else it writes records."""
 
-    def __init__(self, resident: Memories) -> None:
+    def __init__(self, buffer: HostBuffer, resident: Memories) -> None:
+        self.buffer = buffer
         self.stride = resident.stride
+        self.at = Slots(buffer.slots.ctypes.data, self.stride)
         self._resident = resident
         """Where slots are, without a staging area."""
+
+    def read_slots(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
+        """A copy of slots, uint8[n, stride]."""
+        records = np.empty((slots.size, self.stride), np.uint8)
+        here = np.arange(slots.size, dtype=np.int32)
+        copy_slots(slots, self.at, here, Slots(records.ctypes.data, self.stride))
+        return records
+
+    def restore(self, part: Part, positions: npt.NDArray[np.int64], slots: npt.NDArray[np.int32]) -> tuple[str, ...]:
+        """Read slots positions[i] of an image to slots[i]. FormatError for a wrong checksum."""
+
+        def put(which: slice, places: npt.NDArray[np.int32], piece: npt.NDArray[np.uint8]) -> None:
+            copy_slots(places, Slots(piece.ctypes.data, part.stride), slots[which], self.at)
+
+        part.read(positions, put)
+        return ()
 
     def gather(
         self,
@@ -143,10 +182,9 @@ class HostTier(CpuMemory):
 
     def __init__(self, level: Level, stride: int) -> None:
         self.level = level
-        self.buffer = HostBuffer(level.capacity, stride)
-        self.capacity_bytes: int = self.buffer.slots.nbytes
-        self.address: int = self.buffer.slots.ctypes.data
-        super().__init__(Memories(0, 0, self.address, 0, stride))
+        buffer = HostBuffer(level.capacity, stride)
+        self.capacity_bytes: int = buffer.slots.nbytes
+        super().__init__(buffer, Memories(0, 0, buffer.slots.ctypes.data, 0, stride))
 
     def room(self, size: int) -> StackPlan:
         """Room for the plan of a batch."""

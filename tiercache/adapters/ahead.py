@@ -1,0 +1,55 @@
+"""Rows that are asked for twice: when their numbers are known, and when they are needed."""
+
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+from tiercache.flight import Ticket
+from tiercache.store import Store
+
+
+class Ahead:
+    """Rows of one table of a store, prefetched by `begin` and had by `take`. Each thread has one request ahead, or none."""
+
+    def __init__(self, store: Store, table: str) -> None:
+        self.store, self.table = store, table
+        self._here = _Here()
+
+    def begin(self, rows: torch.Tensor) -> None:
+        """Begin to read rows: integers of any shape, on any device, which is waited for. What was ahead is given up."""
+        self.drop()
+        rows = rows.cpu()
+        self._here.request = rows, self.store.prefetch(rows, table=self.table)
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """dtype[*rows.shape, dim], on the store's device: what `begin` brought, if it was these rows; read now, if not."""
+        rows = rows.cpu()
+        request, self._here.request = self._here.request, None
+        if request is not None and torch.equal(request[0], rows):
+            return request[1].take()
+        if request is not None:
+            request[1].cancel()
+        return self.store.fetch(rows, table=self.table)
+
+    def drop(self) -> None:
+        """Give up what is ahead."""
+        request, self._here.request = self._here.request, None
+        if request is not None:
+            request[1].cancel()
+
+
+class _Here(threading.local):
+    request: tuple[torch.Tensor, Ticket] | None = None
+
+
+def without_rows(width: int, dtype: torch.dtype, device: torch.device | None = None) -> nn.Parameter:
+    """A parameter of no rows in an engine's module, into which its loader copies nothing of the checkpoint's table."""
+    parameter: Any = nn.Parameter(torch.empty(0, width, dtype=dtype, device=device), requires_grad=False)
+    parameter.weight_loader = _skip
+    return parameter
+
+
+def _skip(parameter: nn.Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    """A weight loader of the engines."""
