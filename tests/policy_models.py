@@ -1,7 +1,8 @@
 """Each policy once more, in plain lists and dicts, for reading: what the compiled ones must equal slot by slot."""
 
-from tiercache.policies import wtinylfu
+from tiercache.policies import gittins, wtinylfu
 from tiercache.policies.base import BYPASS, EMPTY, MAX_PINNED_VICTIMS
+from tiercache.policies.keyset import mix
 
 
 def oldest_unpinned(queue, pinned, patience):
@@ -268,6 +269,154 @@ class Wtinylfu(Model):
         return wtinylfu.estimate(self.sketch, key)
 
 
+class Gittins(Model):
+    """Its slots, what it remembers and what it measures; sizes are the policy's own."""
+
+    def start(self):
+        state = gittins.init(self.capacity)
+        self.shift, self.mask, self.interval = (int(state.book[i]) for i in (3, 4, 7))
+        self.worth, self.num_samples = state.worth.tolist(), state.samples.size
+        self.slots = [None] * self.capacity  # [time in units, uses, interval]
+        self.ghosts = [[None] * 32 for _ in range(len(state.ghosts))]  # (mark, uses)
+        self.samples, self.seen = {}, [0] * 64
+        self.returns, self.reached = [[0] * 64 for _ in range(64)], [[0] * 65 for _ in range(64)]
+        self.now = self.draws = self.group = self.hand = 0
+        self.lesson = 0
+
+    def age(self, units):
+        age = min(units, 8191)
+        octave = max(age.bit_length() - 3, 0)
+        return 4 * octave + (age >> octave)
+
+    def tick(self):
+        self.now += 1
+        if self.now % 128 == 0:
+            if self.now >= self.lesson:
+                self.lesson = self.now + min(self.interval, self.now >> 8)
+                self.learn(self.group)
+                self.group = (self.group + 1) % 64
+            for _ in range(min(64, self.capacity)):
+                slot = self.slots[self.hand]
+                if slot is not None:
+                    slot[0] = max(slot[0], (self.now >> self.shift) - 512)
+                self.hand = (self.hand + 1) % self.capacity
+
+    def hit(self, keys, slot):
+        self.tick()
+        time, uses, _ = self.slots[slot]
+        age = self.age((self.now >> self.shift) - time)
+        interval = 0 if age < 24 else 1 if age < 32 else 2
+        self.slots[slot] = [self.now >> self.shift, min(uses + 1, 15), interval]
+        self.observe(keys[slot], self.slots[slot])
+
+    def miss(self, keys, pinned, key):
+        self.tick()
+        line, mark = self.ghost(key)
+        found = next((place for place, ghost in enumerate(line) if ghost is not None and ghost[0] == mark), None)
+        uses = 1
+        if found is not None:
+            uses = min(line[found][1] + 1, 15)
+            line[found] = None
+        new = [self.now >> self.shift, uses, 3]
+        self.observe(key, new)
+        if self.used < self.capacity:
+            self.used += 1
+            self.slots[self.used - 1] = new
+            return self.used - 1
+        slot = self.victim(pinned)
+        if slot == BYPASS:
+            self.remember(key, uses)
+            return BYPASS
+        if keys[slot] != EMPTY:
+            self.remember(keys[slot], self.slots[slot][1])
+        self.slots[slot] = new
+        return slot
+
+    def victim(self, pinned):
+        slot = self.lowest(self.draw() + self.draw())
+        patience = MAX_PINNED_VICTIMS
+        while slot in pinned:
+            if patience <= 0:
+                return BYPASS
+            seen = self.draw()
+            free = [slot for slot in seen if slot not in pinned]
+            if free:
+                return self.lowest(free)
+            patience -= len(seen)
+        return slot
+
+    def draw(self):
+        num_lines = -(-self.capacity // 32)
+        begin = (mix(self.draws) * num_lines >> 32) * 32
+        self.draws += 1
+        return list(range(begin, min(begin + 32, self.capacity)))
+
+    def lowest(self, slots):
+        now = self.now >> self.shift
+        return min(slots, key=lambda slot: self.worth[self.class_of(self.slots[slot])][self.age(now - self.slots[slot][0])])
+
+    def class_of(self, slot):
+        return slot[1] * 4 + slot[2]
+
+    def ghost(self, key):
+        return self.ghosts[mix(key) * len(self.ghosts) >> 32], mix(key + 1) >> 8 & 0xFFF
+
+    def remember(self, key, uses):
+        line, mark = self.ghost(key)
+        places = range(self.now & 28, (self.now & 28) + 4)
+        fewest = min(places, key=lambda place: line[place][1] if line[place] else 0)
+        if all(line[place] and line[place][1] > 1 for place in places):
+            for place in places:
+                line[place] = (line[place][0], line[place][1] - 1)
+        line[fewest] = (mark, uses)
+
+    def observe(self, key, slot):
+        bits = mix(key + 1)
+        if bits & self.mask:
+            return
+        place = mix(key) * self.num_samples >> 32
+        if place in self.samples:
+            time, mark, group = self.samples[place]
+            age = self.follow(time, group, self.seen[place * 64 // self.num_samples])
+            if mark == bits >> 16:
+                self.returns[group][age] += 256
+        self.samples[place] = (self.now, bits >> 16, self.class_of(slot))
+        self.reached[self.class_of(slot)][0] += 256
+        self.reached[self.class_of(slot)][1] -= 256
+
+    def follow(self, time, group, before):
+        age = self.age((self.now - time) >> self.shift)
+        self.reached[group][(self.age((before - time) >> self.shift) if before > time else 0) + 1] += 256
+        self.reached[group][age + 1] -= 256
+        return age
+
+    def learn(self, group):
+        for place, (time, _, group_of) in self.samples.items():
+            if place * 64 // self.num_samples == group:
+                self.follow(time, group_of, self.seen[group])
+        self.seen[group] = self.now
+        if self.reached[group][0] >= 16 * 256:
+            self.worth[group] = self.judge(group)
+        elif group >= 8:
+            self.worth[group] = self.worth[group - 4][:48] + self.worth[group][48:]
+        for counts in self.returns[group], self.reached[group]:
+            counts[:48] = [count - (count >> 3) for count in counts[:48]]
+
+    def judge(self, group):
+        """Straight from the definition: the best of all times to give up, for each age."""
+        at, alive, uses, time = 0, 1.0, [], []
+        for age in range(48):
+            at += self.reached[group][age]
+            uses.append(alive * (min(self.returns[group][age], at) / (at + 256)))
+            alive -= uses[-1]
+            time.append((alive + uses[-1] / 2) * 2 ** max(age // 4 - 1, 0))
+        best = [
+            max(sum(uses[age:stop]) / sum(time[age:stop]) if sum(time[age:stop]) else 0 for stop in range(age + 1, 49))
+            for age in range(48)
+        ]
+        return [int(min(value, 1) * 2**30) for value in best] + self.worth[group][48:]
+
+
 class Static(Model):
     def start(self, hot_rows=()):
         self.hot, self.slot_of = list(dict.fromkeys(hot_rows))[: self.capacity], {}
@@ -289,6 +438,7 @@ MODELS = {
     "sieve": Sieve,
     "s3fifo": S3fifo,
     "arc": Arc,
+    "gittins": Gittins,
     "wtinylfu": Wtinylfu,
     "static": Static,
 }

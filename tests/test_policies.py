@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from policy_models import MODELS
 
+from tiercache.engram.demo import demo_hashers
+from tiercache.lab.simulator import simulate
+from tiercache.lab.tokens import SHIPPED_VOCABULARY, load_tokens
 from tiercache.level import SLOT
-from tiercache.policies import DEFAULT, POLICIES, keyset, lfu, s3fifo, static, wtinylfu
+from tiercache.policies import DEFAULT, POLICIES, gittins, keyset, lfu, s3fifo, static, wtinylfu
 from tiercache.policies.base import BYPASS, EMPTY, MAX_PINNED_VICTIMS, on_hit, on_miss
 
 
@@ -207,6 +210,33 @@ def test_s3fifo_ghost_sends_a_returning_key_to_the_main_queue():
     for key in range(20, 30):
         driver.use(key)
     assert 0 in driver.slot_of
+
+
+@pytest.mark.parametrize("capacity", [1, 5, 40, 300])
+def test_gittins_equals_its_model_while_it_learns(capacity):
+    driver, model = Driver("gittins", capacity), MODELS["gittins"](capacity)
+    driver.state.book[gittins._INTERVAL] = model.interval = 128
+    trace = np.concatenate([zipf_trace(20_000, 4 * capacity + 5, seed=2), np.arange(1000), zipf_trace(5000, 2 * capacity, seed=3)])
+    for key in trace.tolist():
+        before = driver.keys.tolist()
+        hit, slot = driver.use(key)
+        if hit:
+            model.hit(before, slot)
+        else:
+            assert slot == model.miss(before, set(), key)
+    assert np.array_equal(driver.state.returns, model.returns)
+    assert np.array_equal(driver.state.reached, model.reached)
+    assert np.abs(driver.state.worth - np.array(model.worth)).max() <= 1
+    assert not np.array_equal(driver.state.worth, gittins._first_guess())
+    driver.check()
+
+
+def test_the_default_misses_less_on_text_than_every_other_policy():
+    stream = load_tokens().first(60_000)
+    rows = demo_hashers(vocabulary=SHIPPED_VOCABULARY)[0].rows(stream.tokens, stream.documents).reshape(-1)
+    for capacity in (1000, 6000, 20_000):
+        misses = {name: simulate(name, capacity, rows).misses for name in POLICIES if name not in ("belady", "static")}
+        assert min(misses, key=misses.__getitem__) == DEFAULT
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from pydantic import (
 
 from tiercache.errors import ConfigError
 
-PolicyName = Literal["fifo", "lru", "lfu", "sieve", "s3fifo", "arc", "wtinylfu", "static"]
+PolicyName = Literal["fifo", "lru", "lfu", "sieve", "s3fifo", "arc", "gittins", "wtinylfu", "static"]
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{kind}": base**power
@@ -93,8 +93,9 @@ class TierConfig(_Section):
 
     capacity: Annotated[int, BeforeValidator(parse_bytes)] = 1 << 30
     """Bytes for records (bookkeeping comes on top). 1 GiB hurts no machine that runs a model; more is better."""
-    policy: PolicyName = "s3fifo"
-    """What stays. S3-FIFO has the cheapest hits among the policies that resist scans."""
+    policy: PolicyName = "gittins"
+    """What stays. gittins keeps more of n-gram text than every other at every size, and takes no parameter; s3fifo costs a hit
+    a few ns less."""
     policy_options: dict[str, Annotated[int | float, BeforeValidator(_number)]] = {}
     """Parameters of the policy by name; each policy's file says which it takes."""
     hot_set: _Path | None = None

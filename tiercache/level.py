@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from tiercache import index
 from tiercache.native import int64, lean, prefetch
-from tiercache.policies.base import BYPASS, EMPTY, Policy, on_hit, on_miss
+from tiercache.policies.base import BYPASS, EMPTY, Policy, ask, on_hit, on_miss
 
 SLOT = np.dtype([("key", "i8"), ("stamp", "i4"), ("pins", "i2"), ("pending", "i1"), ("mark", "u1")])
 """Per slot: its row or EMPTY; the batch that last used it; plans that hold it; reads it waits for (negative: failed); a
@@ -235,6 +235,7 @@ def probe(
             slot = index.candidate(table, rows[near])
             where[near] = slot
             prefetch(slots_at + 16 * slot)
+            ask(state, slot)
         i = near - distance
         if i < 0:
             continue

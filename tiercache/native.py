@@ -55,6 +55,14 @@ def lean(function: _Function) -> _Function:
     return _compiled(function, _nrt=False)
 
 
+def inlined(function: _Function) -> _Function:
+    """`lean` for what is called once a row with a policy's whole state, whose dozens of words a call would have to copy.
+
+    Its rare and long parts belong in functions of their own that are not.
+    """
+    return _compiled(function, _nrt=False, forceinline=True)
+
+
 def _compiled(function: _Function, **options: Any) -> _Function:
     if not _caching:
         return cast("_Function", njit(nogil=True, **options)(function))

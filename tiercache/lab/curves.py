@@ -7,7 +7,7 @@ from tiercache.lab.bounds import Bounds, bounds, uses_of
 from tiercache.lab.simulator import Counts, simulate
 from tiercache.lab.trace import Trace
 
-ONLINE = ("fifo", "lru", "lfu", "sieve", "s3fifo", "arc", "wtinylfu")
+ONLINE = ("fifo", "lru", "lfu", "sieve", "s3fifo", "arc", "wtinylfu", "gittins")
 """Policies that need neither a profile nor the future."""
 
 

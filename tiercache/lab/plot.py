@@ -17,8 +17,17 @@ _STYLES = {
     "s3fifo": ("#D55E00", "D"),
     "arc": ("#E69F00", "P"),
     "wtinylfu": ("#009E73", "X"),
+    "gittins": ("#000000", "*"),
 }
-_NAMES = {"fifo": "FIFO", "lru": "LRU", "lfu": "LFU", "s3fifo": "S3-FIFO", "arc": "ARC", "wtinylfu": "W-TinyLFU"}
+_NAMES = {
+    "fifo": "FIFO",
+    "lru": "LRU",
+    "lfu": "LFU",
+    "s3fifo": "S3-FIFO",
+    "arc": "ARC",
+    "wtinylfu": "W-TinyLFU",
+    "gittins": "Gittins",
+}
 _TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 

@@ -1,9 +1,9 @@
 """Replacement policies: which key leaves a full tier. One file each; `README.md` beside them says how to add one."""
 
-from tiercache.policies import arc, belady, fifo, lfu, lru, s3fifo, sieve, static, wtinylfu
+from tiercache.policies import arc, belady, fifo, gittins, lfu, lru, s3fifo, sieve, static, wtinylfu
 from tiercache.policies.base import Policy
 
-DEFAULT = "s3fifo"
+DEFAULT = "gittins"
 """Policy of a tier whose config names none."""
 
 POLICIES: dict[str, Policy] = {
@@ -13,6 +13,7 @@ POLICIES: dict[str, Policy] = {
     "sieve": sieve.POLICY,
     "s3fifo": s3fifo.POLICY,
     "arc": arc.POLICY,
+    "gittins": gittins.POLICY,
     "wtinylfu": wtinylfu.POLICY,
     "static": static.POLICY,
     "belady": belady.POLICY,

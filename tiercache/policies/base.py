@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from numba.extending import overload
 
+from tiercache.native import lean
+
 BYPASS = -1
 """Answer of `on_miss`: do not keep this key."""
 
@@ -44,10 +46,18 @@ class Policy(NamedTuple):
         return tuple(parameter.name for parameter in parameters if parameter.default is not parameter.empty)
 
 
-def bind(state_type: Any, *, on_hit: Callable[..., Any], on_miss: Callable[..., Any]) -> None:
+def bind(
+    state_type: Any, *, on_hit: Callable[..., Any], on_miss: Callable[..., Any], ask: Callable[..., Any] | None = None
+) -> None:
     """Tie a policy's compiled functions to the type of its state."""
     state_type.on_hit = staticmethod(on_hit)
     state_type.on_miss = staticmethod(on_miss)
+    state_type.ask = staticmethod(_ask_nothing if ask is None else ask)
+
+
+@lean
+def _ask_nothing(state: Any, slot: int) -> None:
+    """For a policy whose hits read no memory of their own."""
 
 
 def on_hit(state: Any, keys: Any, slot: int) -> None:
@@ -60,7 +70,12 @@ def on_miss(state: Any, keys: Any, pins: Any, key: int) -> int:
     return int(type(state).on_miss(state, keys, pins, key))
 
 
-@overload(on_hit)
+def ask(state: Any, slot: int) -> None:
+    """A hit of this slot may follow: ask for the memory that `on_hit` will read."""
+    type(state).ask(state, slot)
+
+
+@overload(on_hit, jit_options={"forceinline": True})
 def _on_hit(state, keys, slot):  # type: ignore[no-untyped-def]
     function = state.instance_class.on_hit
     return lambda state, keys, slot: function(state, keys, slot)
@@ -70,3 +85,9 @@ def _on_hit(state, keys, slot):  # type: ignore[no-untyped-def]
 def _on_miss(state, keys, pins, key):  # type: ignore[no-untyped-def]
     function = state.instance_class.on_miss
     return lambda state, keys, pins, key: function(state, keys, pins, key)
+
+
+@overload(ask, jit_options={"forceinline": True})
+def _ask(state, slot):  # type: ignore[no-untyped-def]
+    function = state.instance_class.ask
+    return lambda state, slot: function(state, slot)
