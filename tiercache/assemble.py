@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from tiercache.config import TierConfig
+from tiercache.curve import Curve
 from tiercache.errors import ConfigError
 from tiercache.level import BYPASSES, HITS, MISSES, PINNED, Level
 from tiercache.policies import POLICIES
@@ -28,12 +29,14 @@ def level_of(
         )
     capacity = min(config.capacity // stride, num_rows, 2**30)
     try:
-        return Level(POLICIES[config.policy], capacity, options[tier], num_rows)
+        level = Level(POLICIES[config.policy], capacity, options[tier], num_rows)
     except (TypeError, ValueError) as error:
         given = {name: value for name, value in options[tier].items() if not isinstance(value, np.ndarray)}
         takes = ", ".join(POLICIES[config.policy].parameters) or "no options"
         message = f"{tier}.policy_options = {given}: policy {config.policy!r} refuses them: {error}; it takes {takes}"
         raise ConfigError(message) from error
+    level.watch(Curve(capacity))
+    return level
 
 
 def options_of(tier: str, config: TierConfig, num_rows: int) -> dict[str, Any]:
