@@ -23,6 +23,7 @@ import numpy.typing as npt
 from tiercache import index
 from tiercache.native import int64, lean
 from tiercache.policies.links import NEWER, members, new_rings, push, renew
+from tiercache.stats import CurvePoint
 
 LIMIT, NOTED, NEXT, FIRST_NOTE = 5, 6, 7, 8
 """Columns of a level's counters: rows with a hash below this are watched; notes that wait; the position of the last batch
@@ -45,13 +46,6 @@ _MOST_WATCHED, _LEAST_WATCHED, _SPARSEST = 2048, 64, 256
 
 _LOW = 0xFFFFFFFF
 _ODD = 0x9E3779B1 >> 1 | 1
-
-
-class Point(NamedTuple):
-    """The hit rate that LRU would have had with so many slots."""
-
-    capacity_slots: int
-    hit_rate: float
 
 
 @lean
@@ -159,15 +153,15 @@ class Curve:
         """Work through the notes of a level. rows: of the batch before, from which those follow that had no room."""
         take_notes(self.watched, counters, rows)
 
-    def points(self, accesses: int) -> tuple[Point, ...]:
+    def points(self, accesses: int) -> tuple[CurvePoint, ...]:
         """The curve after so many accesses of the level, all notes taken; all rates are 0 before the first."""
         uses = self.watched.uses
         expected = accesses * self.rate
         if expected <= 0:
-            return tuple(Point(size, 0.0) for size in self.sizes)
+            return tuple(CurvePoint(size, 0.0) for size in self.sizes)
         hits = np.cumsum(uses[:-1])[self._segments] + (expected - uses.sum())
         rates = np.clip(hits / expected, 0, 1).tolist()
-        return tuple(Point(size, rate) for size, rate in zip(self.sizes, rates, strict=True))
+        return tuple(CurvePoint(size, rate) for size, rate in zip(self.sizes, rates, strict=True))
 
     @property
     def num_uses(self) -> int:

@@ -27,9 +27,7 @@ _DIRECT = 8
 _NEVER, _ONLY_NOW = -1, -2
 
 
-def lru_hits(
-    rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64] | None = None
-) -> npt.NDArray[np.int64]:
+def lru_hits(rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
     """Hits of LRU at each capacity from 0 to that of all distinct rows: int64[u + 1], from an empty start.
 
     rows: int64[n], not negative. offsets: int64[b + 1], batch i is rows[offsets[i] : offsets[i + 1]]; None for batches of one

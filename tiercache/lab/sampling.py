@@ -82,9 +82,7 @@ class LruCurve(NamedTuple):
         return np.interp(slots, np.arange(self.hits.size), self.hits) / max(self.accesses, 1e-300)
 
 
-def lru_curve(
-    rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64] | None = None, *, rate: float = 1.0
-) -> LruCurve:
+def lru_curve(rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64] | None = None, *, rate: float = 1.0) -> LruCurve:
     """The curve of LRU over a trace, exact, or of a sample where rate is below 1. What is counted: see `lru_hits`."""
     sampled = sample(rows, offsets, rate=rate)
     hits = lru_hits(sampled.rows, sampled.offsets)
