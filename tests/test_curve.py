@@ -33,7 +33,12 @@ class Model:
         self.uses = 0
 
     def plan(self, rows):
-        for row in dict.fromkeys(row for row in rows if chosen(row, self.rate)):
+        """Each row once, unless it falls behind the largest size before the batch ends: what is forgotten is new again."""
+        used = set()
+        for row in rows:
+            if not chosen(row, self.rate) or (row in used and row in self.rows):
+                continue
+            used.add(row)
             self.uses += 1
             if row in self.rows:
                 place = self.rows.index(row)

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache import index
-from tiercache.native import int64, lean
+from tiercache.native import int64, lean, prefetch
 from tiercache.policies.links import NEWER, members, new_rings, push, renew
 from tiercache.stats import CurvePoint
 
@@ -38,11 +38,17 @@ _BATCH = -1
 _BLOCK = 64
 """Rows that are looked at together, as few blocks have one that is watched."""
 
+_AHEAD, _NEAR = 12, 6
+"""Notes between asking for an index line, reading it, and using the slot that it leads to."""
+
+_ROW = 2**63 - 1
+"""What makes any note a row."""
+
 _OCTAVES = range(-3, 4)
 """Sizes, as powers of two of the tier's own."""
 
-_MOST_WATCHED, _LEAST_WATCHED, _SPARSEST = 2048, 64, 256
-"""Watched rows that the tier's own size is scaled to: one in 256 of its slots, within these bounds and its size."""
+_MOST_WATCHED, _LEAST_WATCHED, _SPARSEST = 1024, 64, 512
+"""Watched rows that the tier's own size is scaled to: one in 512 of its slots, within these bounds and its size."""
 
 _LOW = 0xFFFFFFFF
 _ODD = 0x9E3779B1 >> 1 | 1
@@ -190,7 +196,16 @@ def take_notes(watched: Watched, counters: Any, rows: Any) -> None:
     """See `Curve.take`."""
     counts = watched.counts
     while True:
-        for i in range(FIRST_NOTE, FIRST_NOTE + counters[NOTED]):
+        end = FIRST_NOTE + counters[NOTED]
+        for i in range(FIRST_NOTE, end):
+            if i + _AHEAD < end:
+                prefetch(index.address(watched.table, counters[i + _AHEAD] & _ROW))
+            if i + _NEAR < end:
+                slot = index.candidate(watched.table, counters[i + _NEAR] & _ROW)
+                if slot >= 0:
+                    prefetch(watched.keys.ctypes.data + 8 * slot)
+                    prefetch(watched.links.ctypes.data + 8 * slot)
+                    prefetch(watched.batch.ctypes.data + 8 * slot)
             if counters[i] == _BATCH:
                 counts[1] += 1
             else:
@@ -203,7 +218,7 @@ def take_notes(watched: Watched, counters: Any, rows: Any) -> None:
 
 @lean
 def use(watched: Watched, row: int) -> None:
-    """A watched row was used, if it was not used before in this batch."""
+    """A watched row was used; not a second time in a batch, as far as that is not forgotten."""
     keys, links, segment, table, edges, oldest, uses, batch, counts = watched
     anchor = keys.size
     slot = index.find(table, keys, row)
