@@ -6,7 +6,7 @@ from tiercache.flight import Ticket
 from tiercache.op import as_operator
 from tiercache.records import Field, Record
 from tiercache.source import Source
-from tiercache.stats import LevelStats, StorageStats, StoreStats
+from tiercache.stats import CurvePoint, LevelStats, StorageStats, StoreStats
 from tiercache.store import Store
 
 __version__ = "0.1.0"
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ClosedError",
     "ConfigError",
+    "CurvePoint",
     "Field",
     "FormatError",
     "HostConfig",

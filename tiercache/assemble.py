@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from tiercache.config import TierConfig
+from tiercache.curve import Curve
 from tiercache.errors import ConfigError
 from tiercache.level import BYPASSES, HITS, MISSES, PINNED, Level
 from tiercache.policies import POLICIES
-from tiercache.stats import LevelStats
+from tiercache.stats import LevelStats, device_pays, host_pays
 from tiercache.storage.memory import read_rows
 from tiercache.tiers import DeviceTier
 from tiercache.tiers.host import HostTier
@@ -28,12 +29,14 @@ def level_of(
         )
     capacity = min(config.capacity // stride, num_rows, 2**30)
     try:
-        return Level(POLICIES[config.policy], capacity, options[tier], num_rows)
+        level = Level(POLICIES[config.policy], capacity, options[tier], num_rows)
     except (TypeError, ValueError) as error:
         given = {name: value for name, value in options[tier].items() if not isinstance(value, np.ndarray)}
         takes = ", ".join(POLICIES[config.policy].parameters) or "no options"
         message = f"{tier}.policy_options = {given}: policy {config.policy!r} refuses them: {error}; it takes {takes}"
         raise ConfigError(message) from error
+    level.watch(Curve(capacity))
+    return level
 
 
 def options_of(tier: str, config: TierConfig, num_rows: int) -> dict[str, Any]:
@@ -49,9 +52,16 @@ def options_of(tier: str, config: TierConfig, num_rows: int) -> dict[str, Any]:
     return options
 
 
-def stats_of(tier: HostTier | DeviceTier) -> LevelStats:
-    """Counts of a tier. Under the lock."""
+def stats_of(tier: HostTier | DeviceTier, row_ns: float) -> LevelStats:
+    """Counts of a tier; row_ns: see StoreStats. Under the lock."""
     level, counters = tier.level, tier.level.counters
+    level.take_notes()
+    hits, misses, bypasses = (int(counters[column]) for column in (HITS, MISSES, BYPASSES))
+    if isinstance(tier, HostTier):
+        pays, why = host_pays(hits, misses, level.capacity, row_ns)
+    else:
+        pays, why = device_pays(hits, misses - bypasses, hits + misses, level.capacity)
+    curve = level.curve
     return LevelStats(
         policy=level.policy.name,
         capacity_slots=level.capacity,
@@ -59,7 +69,11 @@ def stats_of(tier: HostTier | DeviceTier) -> LevelStats:
         bookkeeping_bytes=level.nbytes,
         used_slots=int(np.count_nonzero(level.slots["key"] >= 0)),
         pinned_slots=int(counters[PINNED]),
-        hits=int(counters[HITS]),
-        misses=int(counters[MISSES]),
-        bypasses=int(counters[BYPASSES]),
+        hits=hits,
+        misses=misses,
+        bypasses=bypasses,
+        curve=curve.points(hits + misses) if curve else (),
+        curve_uses=curve.num_uses if curve else 0,
+        pays=pays,
+        why=why,
     )

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache import index
+from tiercache.curve import FIRST_NOTE, NOTED, NOTES_DUE, Curve, note_rows
 from tiercache.native import int64, lean, prefetch
 from tiercache.policies.base import BYPASS, EMPTY, Policy, ask, on_hit, on_miss
 
@@ -32,6 +33,9 @@ MAX_PINS = 32_000
 _AHEAD = 64
 """Rows between asking for an index line, reading it, and using the slot's line that it leads to."""
 _LAST_STAMP = 2**31 - 1
+_NO_ROWS = np.empty(0, np.int64)
+_NOTES_DUE = 2
+"""In what `plan_batch` returns."""
 
 
 PLAN_HITS, PLAN_MISSES, PLAN_STAGED, PLAN_PENDING, PLAN_HELD = range(5)
@@ -114,7 +118,13 @@ class Level:
             self.state = self.state._replace(marks=self.slots["mark"])
         self.table = index.new_table(capacity, num_rows)
         self.seen = np.zeros(8, np.int64)
-        self.counters = np.zeros(8, np.int64)
+        self.counters = np.zeros(FIRST_NOTE, np.int64)
+        self.curve: Curve | None = None
+
+    def watch(self, curve: Curve) -> None:
+        """Keep a curve of what is asked of the level from now on."""
+        self.curve = curve
+        self.counters = curve.counters(self.counters)
 
     def plan(self, rows: npt.NDArray[np.int64], num_reads: int = 0) -> Plan:
         """Plan a batch. rows: int64[n], not negative, duplicates welcome. Changes the level; reads and writes no record.
@@ -128,9 +138,16 @@ class Level:
     def plan_into(self, plan: Plan, rows: npt.NDArray[np.int64], num_reads: int, *, idly: bool = False) -> bool:
         """`plan`, into new room. `idly`: True, and nothing is pinned, if every row is resident and its bytes are there."""
         self.make_room(rows.size)
-        return bool(
-            plan_batch(self.slots, self.table, self.seen, self.counters, self.state, rows, plan, num_reads, idly)
-        )
+        done = plan_batch(self.slots, self.table, self.seen, self.counters, self.state, rows, plan, num_reads, idly)
+        if done < _NOTES_DUE:
+            return done == 1
+        self.take_notes(rows)
+        return done > _NOTES_DUE
+
+    def take_notes(self, rows: npt.NDArray[np.int64] = _NO_ROWS) -> None:
+        """Bring the curve up to date. rows: of the batch before, if all of it may not be noted yet."""
+        if self.curve is not None:
+            self.curve.take(self.counters, rows)
 
     def make_room(self, size: int) -> None:
         """Be ready for a batch of `size` rows."""
@@ -140,7 +157,7 @@ class Level:
     @property
     def nbytes(self) -> int:
         """Bytes of the books."""
-        return _nbytes((self.slots, self.table, self.seen, self.state))
+        return _nbytes((self.slots, self.table, self.seen, self.state)) + (self.curve.nbytes if self.curve else 0)
 
     def replay(self, rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Plan the batches rows[offsets[b] : offsets[b + 1]] one after the other; their distinct hits, int64[b]."""
@@ -170,6 +187,8 @@ class Level:
         assert np.unique(keys[keys >= 0]).size == np.count_nonzero(keys >= 0), "a row is in two slots"
         index.check(self.table, keys)
         self.policy.check(self.state, keys)
+        if self.curve is not None:
+            self.curve.check()
 
 
 def _nbytes(part: Any) -> int:
@@ -180,8 +199,12 @@ def _nbytes(part: Any) -> int:
 @lean
 def plan_batch(
     slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, plan: Plan, num_reads: int, idly: bool
-) -> bool:
-    """Plan a batch; True if nothing was pinned, as every row was resident and `idly` said that this will do."""
+) -> int:
+    """Plan a batch; 1 if nothing was pinned, as every row was resident and `idly` said that this will do, else 0.
+
+    _NOTES_DUE comes on top where the curve's notes should be worked through.
+    """
+    note_rows(counters, rows, 0)
     missing = find_batch(slots, table, seen, counters, state, rows, plan, idly)
     if missing > 0:
         counts = plan.counts
@@ -189,7 +212,7 @@ def plan_batch(
             slots, table, seen, counters, state, rows, plan.where, plan.all_misses, plan.all_fill, plan.all_held,
             counts[PLAN_HELD], num_reads,
         )  # fmt: skip
-    return missing < 0
+    return int64(missing < 0) + _NOTES_DUE * int64(counters[NOTED] >= NOTES_DUE)
 
 
 @lean

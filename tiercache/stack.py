@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache import index
+from tiercache.curve import NOTED, NOTES_DUE, note_rows
 from tiercache.level import (
     BYPASSES,
     MISSES,
@@ -69,7 +70,9 @@ def plan_stack(
     above, below = plan.above, plan.below
     assert above is not None
     device.make_room(rows.size)
-    missing = find_batch(device.slots, device.table, device.seen, device.counters, device.state, rows, above, idly)
+    missing = find_above(device.slots, device.table, device.seen, device.counters, device.state, rows, above, idly)
+    if device.counters[NOTED] >= NOTES_DUE:
+        device.take_notes(rows)
     if missing <= 0:
         return missing < 0
     absent = np.flatnonzero(plan.where < 0)
@@ -79,6 +82,15 @@ def plan_stack(
     )
     merge(device.table, device.slots, rows, plan.where, absent, below.where, risen > 0)
     return False
+
+
+@lean
+def find_above(
+    slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, plan: Plan, idly: bool
+) -> int:
+    """`find_batch`, and note for the curve what was asked for."""
+    note_rows(counters, rows, 0)
+    return find_batch(slots, table, seen, counters, state, rows, plan, idly)
 
 
 @lean

@@ -24,7 +24,7 @@ from tiercache.config import StoreConfig
 from tiercache.errors import ClosedError, ConfigError, StorageError
 from tiercache.flight import Flight, Ticket
 from tiercache.graph import StaticFetch
-from tiercache.level import MAX_PINS, PINNED, SLOT, pending_of
+from tiercache.level import MAX_PINS, PINNED, PLAN_MISSES, SLOT, pending_of
 from tiercache.request import Table, checked, rows_of, shape_of, with_values
 from tiercache.source import Source
 from tiercache.stats import StoreStats
@@ -69,6 +69,7 @@ class Store:
         self._lock = threading.RLock()
         self._closed = False
         self._fetches = self._rows = 0
+        self._read_ns = self._read_rows = 0
         self._flights: set[Flight] = set()
         self._abandoned: deque[Flight] = deque()
         unit = 8 if config.device is None else 16
@@ -222,8 +223,9 @@ class Store:
                 served = self._top.serve(flight.plan, rows, reads, records, num_bytes)
                 self._begin(flight, served=served)
             if not served:
+                begun_ns = time.monotonic_ns()
                 self._read(flight, 0)
-                self._finish(flight, records, stream)
+                self._finish(flight, records, stream, begun_ns)
         except BaseException:
             self._give_up(flight)
             raise
@@ -291,13 +293,15 @@ class Store:
         self._require_here()
         with self._lock:
             self._require_open()
+            row_ns = self._read_ns / max(self._read_rows, 1)
             return StoreStats(
                 fetches=self._fetches,
                 rows=self._rows,
+                row_ns=row_ns,
                 flights=len(self._flights),
-                host=stats_of(self._host),
+                host=stats_of(self._host, row_ns),
                 storage=self._disk.stats() if self._disk else None,
-                device=None if self._device is None else stats_of(self._device),
+                device=None if self._device is None else stats_of(self._device, row_ns),
             )
 
     def check(self) -> None:
@@ -479,12 +483,17 @@ class Store:
             raise
         return self._decoded(table, records, result)
 
-    def _finish(self, flight: Flight, records: torch.Tensor, stream: Any) -> None:
-        """Wait for a flight's rows, write them, let go of it."""
+    def _finish(self, flight: Flight, records: torch.Tensor, stream: Any, begun_ns: int | None = None) -> None:
+        """Wait for a flight's rows, write them, let go of it. begun_ns: when its reads began, if that was not ahead of time."""
+        waited_ns = 0
         if flight.job is not None:
             self._await(flight)
+            waited_ns = 0 if begun_ns is None else time.monotonic_ns() - begun_ns
         flight.event = self._top.gather(flight.plan, flight.staging, records, flight.table.record, stream)
         with self._lock:
+            if waited_ns:
+                self._read_ns += waited_ns
+                self._read_rows += int(flight.plan.below.counts[PLAN_MISSES])
             self._end(flight)
 
     def _await(self, flight: Flight) -> None:
