@@ -1,8 +1,9 @@
 """Recorder: writes what a store is asked for to a file, behind the back of whoever asks.
 
-A fetch hands over the array of rows that it has made anyway. A thread packs and writes what has come together, at the latest
-after a second. If it cannot keep up, whole batches are left out and counted; nobody ever waits for it. Each block is one write:
-what a killed process leaves can be read up to its last whole block.
+A fetch copies its rows to one of two buffers, in one compiled call. A thread takes the buffer, at the latest after a second,
+packs it and writes it, without holding Python's lock for more than moments. If a buffer is full before the thread is done with
+the other, whole batches are left out and counted; nobody ever waits. Each block is one write: what a killed process leaves can
+be read up to its last whole block.
 """
 
 import errno
@@ -15,11 +16,12 @@ from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from tiercache.native import int64, lean, memcpy, store64
 from tiercache.recording.blocks import Block, RecordedTable, bases_of, data_block, end_block, head_block, whole_bytes
 from tiercache.recording.codec import Packer
 from tiercache.stats import RecordingStats
@@ -33,23 +35,88 @@ INTERVAL_S = 1.0
 BLOCK_ROWS = 1 << 17
 """Rows that are worth a block: more of them repeat more, and are longer in coming."""
 
-MOST_ROWS = 1 << 22
-"""Rows that may wait for the thread, 32 MiB. A batch counts as _BATCH_ROWS more than it has."""
+BUFFER_ROWS = 1 << 22
+"""Rows that a buffer has room for, 32 MiB, taken page by page as they are needed. No larger batch is recorded."""
 
-_BATCH_ROWS = 32
+BUFFER_BATCHES = 1 << 17
+
 _LOST = -1
-"""In place of a table's first row: what follows is how many batches and rows were left out here."""
+"""In place of a table's first row: this batch was left out."""
+
+_ROWS_AT, _LIST_AT, _USED, _LISTED, _MORE_BATCHES, _MORE_ROWS, _BATCHES, _ROWS, _LOST_BATCHES, _LOST_ROWS, _STOPPED = range(11)
+"""Columns of a recorder's counts: addresses of the buffer being filled, its rows and its list; rows and batches in it; batches
+and rows left out after all of these. Of the whole recording, batches and rows taken, and left out; and whether everything is
+left out from now on."""
+
+
+class _Buffer(NamedTuple):
+    """Batches that wait. Under the store's lock while it is filled, the thread's own afterwards.
+
+    rows     int64[BUFFER_ROWS], rows of the store
+    batches  int64[BUFFER_BATCHES, 2]: first row of the table, or _LOST, and number of rows
+    """
+
+    rows: Rows
+    batches: npt.NDArray[np.int64]
+
+
+class _Filled(NamedTuple):
+    """The part of a buffer in use, and how many (batches, rows) were left out after it."""
+
+    rows: Rows
+    batches: npt.NDArray[np.int64]
+    more: tuple[int, int]
+
+
+@lean
+def _put(counts: Any, base: int, rows: Any) -> bool:
+    """Copy a batch to the buffer, or count it as left out; whether the thread should look."""
+    size, used, listed = rows.size, counts[_USED], counts[_LISTED]
+    in_list = listed < BUFFER_BATCHES
+    taken = in_list and used + size <= BUFFER_ROWS and counts[_STOPPED] == 0
+    if in_list:
+        store64(counts[_LIST_AT] + 16 * listed, base if taken else int64(_LOST))
+        store64(counts[_LIST_AT] + 16 * listed + 8, size)
+        counts[_LISTED] = listed + 1
+    else:
+        counts[_MORE_BATCHES] += 1
+        counts[_MORE_ROWS] += size
+    if not taken:
+        counts[_LOST_BATCHES] += 1
+        counts[_LOST_ROWS] += size
+        return counts[_STOPPED] == 0
+    memcpy(counts[_ROWS_AT] + 8 * used, rows.ctypes.data, 8 * size)
+    counts[_USED] = used + size
+    counts[_BATCHES] += 1
+    counts[_ROWS] += size
+    return used < BLOCK_ROWS <= used + size or 2 * listed == BUFFER_BATCHES
 
 
 class _Inbox:
-    """What waits to be written. Under the store's lock."""
+    """Where batches wait: a buffer that is being filled, and one that was, or is still to be."""
 
     def __init__(self) -> None:
-        self.items: list[tuple[int, Rows]] = []
-        self.waiting = self.batches = self.rows = 0
-        self.lost_batches = self.lost_rows = 0
-        self.lost_before = (0, 0)
-        """Of the lost ones, how many the items tell of."""
+        self.counts = np.zeros(16, np.int64)
+        self._filling, self._spare = _new_buffer(), _new_buffer()
+        self._fill(self._filling)
+        self.closing = False
+        self.bytes_written = 0
+        self.error: OSError | None = None
+
+    def take(self) -> _Filled:
+        """What is waiting, good until the next call. Under the store's lock."""
+        used, listed, *more = self.counts[_USED:_BATCHES].tolist()
+        buffer = self._filling
+        self._filling, self._spare = self._spare, buffer
+        self._fill(self._filling)
+        return _Filled(buffer.rows[:used], buffer.batches[:listed], (more[0], more[1]))
+
+    def _fill(self, buffer: _Buffer) -> None:
+        self.counts[:_BATCHES] = buffer.rows.ctypes.data, buffer.batches.ctypes.data, 0, 0, 0, 0
+
+
+def _new_buffer() -> _Buffer:
+    return _Buffer(np.empty(BUFFER_ROWS, np.int64), np.empty((BUFFER_BATCHES, 2), np.int64))
 
 
 class Recorder:
@@ -60,45 +127,27 @@ class Recorder:
         self.path = path
         self._process = os.getpid()
         self._lock, self._recorders = lock, recorders
-        self._inbox = _Inbox()
-        self._wake, self._progress = threading.Event(), _Progress()
+        self._inbox, self._wake = _Inbox(), threading.Event()
+        self._counts = self._inbox.counts
         descriptor = _open(path, tables)
-        arguments = (descriptor, bases_of(tables), lock, self._inbox, self._wake, self._progress)
+        arguments = (descriptor, bases_of(tables), lock, self._inbox, self._wake)
         self._thread = threading.Thread(target=_write, args=arguments, name="tiercache-record", daemon=True)
-        self._finalizer = weakref.finalize(self, _finish, self._process, self._thread, self._wake, self._progress)
+        self._finalizer = weakref.finalize(self, _finish, self._process, self._thread, self._wake, self._inbox)
         self._thread.start()
         recorders.append(self)
 
     def add(self, base: int, rows: Rows) -> None:
-        """Take over the rows of a batch, which nobody changes any more. Under the store's lock."""
-        inbox = self._inbox
-        cost = rows.size + _BATCH_ROWS
-        if inbox.waiting + cost > MOST_ROWS or self._progress.error is not None:
-            inbox.lost_batches += 1
-            inbox.lost_rows += rows.size
-            return
-        if inbox.lost_batches != inbox.lost_before[0]:
-            _tell_lost(inbox)
-        inbox.items.append((base, rows))
-        inbox.batches += 1
-        inbox.rows += rows.size
-        inbox.waiting += cost
-        if inbox.waiting >= BLOCK_ROWS > inbox.waiting - cost:
+        """Record a batch of the table that begins with row `base` of the store. Under the store's lock."""
+        if _put(self._counts, base, rows):
             self._wake.set()
 
     def stats(self) -> RecordingStats:
         """Counts since it began."""
+        inbox = self._inbox
         with self._lock:
-            inbox, progress = self._inbox, self._progress
-            return RecordingStats(
-                path=str(self.path),
-                batches=inbox.batches - progress.failed[0],
-                rows=inbox.rows - progress.failed[1],
-                dropped_batches=inbox.lost_batches + progress.failed[0],
-                dropped_rows=inbox.lost_rows + progress.failed[1],
-                bytes_written=progress.bytes_written,
-                error=None if progress.error is None else str(progress.error),
-            )
+            batches, rows, lost_batches, lost_rows = inbox.counts[_BATCHES:_STOPPED].tolist()
+            error = None if inbox.error is None else str(inbox.error)
+            return RecordingStats(str(self.path), batches, rows, lost_batches, lost_rows, inbox.bytes_written, error)
 
     def close(self) -> None:
         """Write what is waiting, and end the recording. A second close does nothing.
@@ -113,8 +162,8 @@ class Recorder:
                 self._recorders.remove(self)
         if self._finalizer.alive:
             self._finalizer()
-            if self._progress.error is not None:
-                raise storage_error(self._progress.error, self.path)
+            if self._inbox.error is not None:
+                raise storage_error(self._inbox.error, self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -123,24 +172,6 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _Progress:
-    """What the thread has done."""
-
-    def __init__(self) -> None:
-        self.bytes_written = 0
-        self.failed = (0, 0)
-        """(batches, rows) that were taken and could not be written."""
-        self.error: OSError | None = None
-        self.closing = False
-
-
-def _tell_lost(inbox: _Inbox) -> None:
-    """Note that batches were left out here."""
-    lost = inbox.lost_batches - inbox.lost_before[0], inbox.lost_rows - inbox.lost_before[1]
-    inbox.items.append((_LOST, np.array(lost)))
-    inbox.lost_before = inbox.lost_batches, inbox.lost_rows
 
 
 def _open(path: Path, tables: list[RecordedTable]) -> int:
@@ -169,88 +200,84 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _write(
-    descriptor: int,
-    bases: Rows,
-    lock: Any,
-    inbox: _Inbox,
-    wake: threading.Event,
-    progress: _Progress,
-) -> None:
+def _write(descriptor: int, bases: Rows, lock: Any, inbox: _Inbox, wake: threading.Event) -> None:
     """The thread: write blocks until told to end."""
-    packer = Packer()
-    closing = False
+    packer, lost, closing = Packer(), (0, 0), False
     while not closing:
         wake.wait(INTERVAL_S)
         wake.clear()
-        closing = progress.closing
+        closing = inbox.closing
         with lock:
-            items, inbox.items = inbox.items, []
-            lost = inbox.lost_batches - inbox.lost_before[0], inbox.lost_rows - inbox.lost_before[1]
-            if closing:
-                inbox.lost_before = inbox.lost_batches, inbox.lost_rows
-        num_taken = 0
-        for block in _blocks(items, bases):
-            num_taken += block.rows.size + _BATCH_ROWS * block.sizes.size
-            _write_block(descriptor, packer, block, progress)
-        del items
+            filled = inbox.take()
+        for block in _blocks(filled, bases, lost):
+            lost = (0, 0) if block.sizes.size else block.dropped
+            if block.sizes.size:
+                _write_block(descriptor, packer, block, inbox, lock)
         with lock:
-            inbox.waiting -= num_taken
-            if inbox.waiting >= BLOCK_ROWS:
+            if inbox.counts[_USED] >= BLOCK_ROWS:
                 wake.set()
     try:
-        if progress.error is None:
+        if inbox.error is None:
             _write_all(descriptor, end_block(lost))
             os.fsync(descriptor)
     except OSError as error:
-        progress.error = error
+        inbox.error = error
     finally:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may hold the file open
         os.close(descriptor)
 
 
-def _blocks(items: list[tuple[int, Rows]], bases: Rows) -> Iterator[Block]:
-    """What has come together, in blocks of about BLOCK_ROWS rows. A block begins where batches were left out."""
-    lost, begin = (0, 0), 0
-    told = [at for at, (base, _) in enumerate(items) if base == _LOST]
-    for end in (*told, len(items)):
-        if end > begin:
-            yield from _even_blocks(items[begin:end], bases, lost)
-        if end < len(items):
-            lost = int(items[end][1][0]), int(items[end][1][1])
+def _blocks(filled: _Filled, bases: Rows, lost: tuple[int, int]) -> Iterator[Block]:
+    """What was waiting, in blocks of about BLOCK_ROWS rows; a block begins where batches were left out.
+
+    lost: batches and rows that were left out before all. The last block has no batches, if some were left out at the end.
+    """
+    begin = at = 0
+    firsts, all_sizes = filled.batches.T
+    for end in (*np.flatnonzero(firsts == _LOST).tolist(), firsts.size):
+        sizes = np.ascontiguousarray(all_sizes[begin:end])
+        ends = at + np.cumsum(sizes)
+        tables = np.searchsorted(bases, firsts[begin:end])
+        number = (ends - at + np.arange(sizes.size)) // (BLOCK_ROWS + 1)
+        edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), sizes.size]
+        for first, last in pairwise(edges if sizes.size else [0]):
+            rows = filled.rows[at : ends[last - 1]]
+            if bases.size > 1:
+                rows = rows - np.repeat(bases[tables[first:last]], sizes[first:last])
+            yield Block(tables[first:last], sizes[first:last], rows, lost)
+            lost, at = (0, 0), int(ends[last - 1])
+        if end < firsts.size:
+            lost = lost[0] + 1, lost[1] + int(all_sizes[end])
         begin = end + 1
+    lost = lost[0] + filled.more[0], lost[1] + filled.more[1]
+    if lost[0]:
+        yield Block(_NONE, _NONE, _NONE, lost)
 
 
-def _even_blocks(items: list[tuple[int, Rows]], bases: Rows, lost: tuple[int, int]) -> Iterator[Block]:
-    firsts, batches = zip(*items, strict=True)
-    sizes = np.fromiter(map(len, batches), np.int64, len(batches))
-    tables = np.searchsorted(bases, np.fromiter(firsts, np.int64, len(firsts)))
-    number = np.cumsum(sizes + _BATCH_ROWS) // (BLOCK_ROWS + 1)
-    edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), sizes.size]
-    for begin, end in pairwise(edges):
-        rows = np.concatenate(batches[begin:end])
-        if bases.size > 1:
-            rows -= np.repeat(bases[tables[begin:end]], sizes[begin:end])
-        yield Block(tables[begin:end], sizes[begin:end], rows, lost if begin == 0 else (0, 0))
+_NONE = np.empty(0, np.int64)
 
 
-def _write_block(descriptor: int, packer: Packer, block: Block, progress: _Progress) -> None:
-    """Write a block; what cannot be written is counted."""
-    if progress.error is None:
+def _write_block(descriptor: int, packer: Packer, block: Block, inbox: _Inbox, lock: Any) -> None:
+    """Write a block. What cannot be written counts as left out, and so does all that comes."""
+    if inbox.error is None:
         try:
             data = data_block(packer, block)
             _write_all(descriptor, data)
-            progress.bytes_written += len(data)
+            inbox.bytes_written += len(data)
             return
         except OSError as error:
-            progress.error = error
-    progress.failed = progress.failed[0] + block.sizes.size, progress.failed[1] + block.rows.size
+            inbox.error = error
+    with lock:
+        inbox.counts[_STOPPED] = 1
+        taken = np.array([block.sizes.size, block.rows.size])
+        inbox.counts[_BATCHES:_LOST_BATCHES] -= taken
+        inbox.counts[_LOST_BATCHES:_STOPPED] += taken
 
 
-def _finish(process: int, thread: threading.Thread, wake: threading.Event, progress: _Progress) -> None:
+def _finish(process: int, thread: threading.Thread, wake: threading.Event, inbox: _Inbox) -> None:
     """End the thread, in the process that began it only."""
     if process == os.getpid():
-        progress.closing = True
+        inbox.closing = True
         wake.set()
         if thread is not threading.current_thread():
             thread.join()
