@@ -25,6 +25,7 @@ from tiercache.errors import ClosedError, ConfigError, StorageError
 from tiercache.flight import Flight, Ticket
 from tiercache.graph import StaticFetch
 from tiercache.level import MAX_PINS, PINNED, SLOT, pending_of
+from tiercache.recording.blocks import RecordedTable
 from tiercache.recording.recorder import Recorder
 from tiercache.request import Table, checked, rows_of, shape_of, with_values
 from tiercache.source import Source
@@ -304,8 +305,11 @@ class Store:
         self._require_here()
         with self._lock:
             self._require_open()
-            about = recorded_tables(self._tables, self._files)
-            return Recorder(Path(path), about, self._lock, self._recorders)
+            return Recorder(Path(path), self.recorded_tables(), self._lock, self._recorders)
+
+    def recorded_tables(self) -> list[RecordedTable]:
+        """What a recording says of the tables, in the order of their rows."""
+        return recorded_tables(self._tables, self._files)
 
     def stats(self) -> StoreStats:
         """Counts since open, and what serves."""
