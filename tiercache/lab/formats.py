@@ -75,10 +75,7 @@ def load_oracle(path: str | os.PathLike[str]) -> Trace:
 
 
 def save_oracle(path: str | os.PathLike[str], trace: Trace, *, num_bytes: int = 1) -> None:
-    """Write a trace in oracleGeneral: a request a row, objects of `num_bytes` bytes. ValueError beyond 2**32 - 1 batches.
-
-    libCacheSim does not take object 0 for one: give it rows from 1 on.
-    """
+    """Write a trace in oracleGeneral: a request a row, objects of `num_bytes` bytes. ValueError beyond 2**32 - 1 batches."""
     requests = np.empty(trace.rows.size, REQUEST)
     requests["time"] = _times(trace)
     requests["object"], requests["num_bytes"] = trace.rows, num_bytes

@@ -101,7 +101,7 @@ def _scatter(ranks: Rows, num_rows: int, seed: int) -> Rows:
 
 def _mix(ranks: Rows, seed: int) -> npt.NDArray[np.float64]:
     """float64[n] in [0, 1): the same for the same rank and seed."""
-    words = ranks.astype(np.uint64) + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)
+    words = ranks.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
     words *= np.uint64(0xBF58476D1CE4E5B9)
     words ^= words >> np.uint64(31)
     words *= np.uint64(0x94D049BB133111EB)
