@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("cold", "hot", "small", "mixed", "memory", "restart", "startup", "policies", "hashing", "tiers", "kernels")
-_WITHOUT_TABLE = ("hot", "policies", "hashing", "tiers", "kernels")
+NAMES = ("cold", "hot", "small", "mixed", "memory", "restart", "startup", "policies", "hashing", "record", "tiers", "kernels")
+_WITHOUT_TABLE = ("hot", "policies", "hashing", "record", "tiers", "kernels")
 
 
 def main() -> None:

@@ -6,13 +6,15 @@ hashing of the shipped text, prompts in chunks and decode steps); a turn fetches
 
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-from _common import Computed, Figure, Rows, parser, report, timed
+from _common import Computed, Figure, Rows, Sample, parser, report, timed
 from rich.progress import track
 
 from tiercache import Store
@@ -56,42 +58,44 @@ def _fetches(rows: Rows, num_rows: int, size: int, directory: Path, rounds: int)
     batches = [torch.from_numpy(rows[start : start + size]) for start in range(0, rows.size - size, size)]
     out = torch.empty((size, source.record.record_bytes), dtype=torch.uint8)
     capacity = np.unique(rows).size * 2 * source.record.record_bytes
-    seconds: dict[bool, list[float]] = {False: [], True: []}
+    turns: dict[bool, list[Sample]] = {False: [], True: []}
     taken = dropped = num_bytes = 0
     with Store.open({"host": {"capacity": capacity}}, tables={"rows": source}) as store:
         for batch in batches:
             store.fetch(batch, out=out, raw=True)
+        asked = cycle(batches)
         for number in track(range(2 * (rounds + 1)), f"{size:,} rows a fetch", transient=True):
             recording = (number + number // 2) % 2 == 1
             if not recording:
-                turn = _turn(store, batches, out)
+                turn = _turn(store, asked, out)
             else:
                 path = directory / f"{size}-{number}.trace"
                 with store.record(path) as recorder:
-                    turn = _turn(store, batches, out)
+                    turn = _turn(store, asked, out)
                 stats = recorder.stats()
                 taken, dropped, num_bytes = taken + stats.rows, dropped + stats.dropped_batches, num_bytes + stats.bytes_written
                 path.unlink()
             if number >= 2:
-                seconds[recording].append(turn)
-    base, value = (1e6 * median(seconds[recording]) for recording in (False, True))
+                turns[recording].append(turn)
+    base, value = (1e6 * median(turn.seconds for turn in turns[recording]) for recording in (False, True))
+    base_cpu, cpu = (1e6 * median(turn.cpu_seconds for turn in turns[recording]) for recording in (False, True))
     what = f"fetch of {size:,} resident rows, recorded"
     return [
         Figure(what, value, "us", "not recorded", base, at_most=1.02),
+        Figure(f"{what}: CPU of the thread that fetches", cpu, "us", "not recorded", base_cpu, at_most=1.02),
         Figure(f"{what}: bytes of the file", num_bytes / taken, "B/row"),
         Figure(f"{what}: batches dropped", dropped, "batches", at_most=0),
     ]
 
 
-def _turn(store: Store, batches: list[torch.Tensor], out: torch.Tensor) -> float:
-    """Seconds a fetch, over about a second."""
-    count, begin = 0, time.perf_counter()
-    while True:
-        for batch in batches[:1000]:
+def _turn(store: Store, asked: Iterator[torch.Tensor], out: torch.Tensor) -> Sample:
+    """Seconds a fetch, over about a second: elapsed, and of this thread's CPU."""
+    count, cpu, begin = 0, time.thread_time(), time.perf_counter()
+    while time.perf_counter() - begin < _TURN_S:
+        for batch in islice(asked, 64):
             store.fetch(batch, out=out, raw=True)
             count += 1
-            if count % 64 == 0 and time.perf_counter() - begin > _TURN_S:
-                return (time.perf_counter() - begin) / count
+    return Sample((time.perf_counter() - begin) / count, (time.thread_time() - cpu) / count)
 
 
 def _codec(rows: Rows) -> list[Figure]:
@@ -101,8 +105,7 @@ def _codec(rows: Rows) -> list[Figure]:
     packed = [packer.pack(block) for block in blocks]
     num_bytes = sum(each.bits.nbytes + each.sequences.nbytes for each in packed)
     pack = [timed(lambda: [packer.pack(block) for block in blocks]).cpu_seconds for _ in range(5)]
-    copies = [packer.pack(block) for block in blocks]
-    copies = [each._replace(sequences=packer.pack(block).sequences.copy()) for each, block in zip(copies, blocks, strict=True)]
+    copies = [each._replace(sequences=packer.pack(block).sequences.copy()) for each, block in zip(packed, blocks, strict=True)]
     sizes = [block.size for block in blocks]
     back = [timed(partial(list, map(unpack, copies, sizes))).cpu_seconds for _ in range(5)]
     return [

@@ -13,10 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache import index
-from tiercache.native import int64, jit, lean
+from tiercache.native import int64, lean
 
 _SHORTEST = 2
 """Rows of a repeat: one alone would take more bytes than its bits."""
+
+_STRIDE = 4
+"""The rows of an n-gram are 4 or more that repeat together."""
 
 _NUMBER_BYTES = 5
 """Of the longest number here, below 2**32."""
@@ -46,7 +49,7 @@ class Packer:
     def pack(self, rows: npt.NDArray[np.int64]) -> Packed:
         """Pack int64[n], not negative, n < 2**31. The sequences are good until the next call."""
         if self._fresh.size < rows.size:
-            self._last = np.empty(1 << (2 * rows.size).bit_length(), np.int32)
+            self._last = np.empty(1 << rows.size.bit_length(), np.int32)
             self._fresh = np.empty(rows.size, np.int64)
         longest = (rows.size // _SHORTEST + 1) * 3 * _NUMBER_BYTES
         if self._sequences.size < longest:
@@ -125,35 +128,49 @@ def _get_all(packed: Any, numbers: Any) -> bool:
     return bool(at == packed.size)
 
 
-@jit
+@lean
 def _find(rows: Any, last: Any, fresh: Any, sequences: Any) -> tuple[int, int, int]:
-    """(bytes of sequences, fresh rows, largest of these). last: room for 2**k positions, one for each hash of a row."""
-    last[:] = -1
+    """(bytes of sequences, fresh rows, largest of these). last: room for 2**k positions, one for each hash of a row.
+
+    Where nothing repeats, one row in _STRIDE is looked for, and now and then _STRIDE in a row, which finds long repeats that
+    are out of step. A repeat that one of its rows finds is followed both ways.
+    """
+    for i in range(last.size):
+        last[i] = -1
     mask = last.size - 1
-    at = num_fresh = largest = i = 0
+    at = num_fresh = largest = i = missed = 0
     begin = 0  # of the fresh rows that no sequence has yet
     while i < rows.size:
         row = rows[i]
         home = index.tag_of(row) & mask
         before = int64(last[home])
         last[home] = i
-        length = 0
-        if before >= 0:
+        length = back = 0
+        if before >= 0 and rows[before] == row:
             while i + length < rows.size and rows[before + length] == rows[i + length]:
                 length += 1
-        if length < _SHORTEST:
-            fresh[num_fresh] = row
-            largest = max(largest, row)
-            num_fresh += 1
-            i += 1
+            while back < before and i - back > begin and rows[before - back - 1] == rows[i - back - 1]:
+                back += 1
+        if length + back < _SHORTEST:
+            i += 1 if missed < 16 or missed & 15 < _STRIDE else _STRIDE
+            missed += 1
             continue
-        at = _put(sequences, _put(sequences, _put(sequences, at, i - begin), length), i - before)
-        for k in range(i + 1, i + length):
+        missed = 0
+        for k in range(begin, i - back):
+            fresh[num_fresh] = rows[k]
+            largest = max(largest, rows[k])
+            num_fresh += 1
+        at = _put(sequences, _put(sequences, _put(sequences, at, i - back - begin), back + length), i - before)
+        for k in range(i + _STRIDE, i + length, _STRIDE):
             last[index.tag_of(rows[k]) & mask] = k
         i += length
         begin = i
     if begin < rows.size:
         at = _put(sequences, _put(sequences, at, rows.size - begin), 0)
+        for k in range(begin, rows.size):
+            fresh[num_fresh] = rows[k]
+            largest = max(largest, rows[k])
+            num_fresh += 1
     return at, num_fresh, largest
 
 
