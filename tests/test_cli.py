@@ -310,6 +310,14 @@ def test_traces_of_others_are_replayed(invoke: Invoke, config: Path, tmp_path: P
     assert (refused.exit_code, "has row 5000; the table has rows 0 to 4999" in refused.stderr) == (1, True)
 
 
+def test_a_trace_of_tokens_is_the_text(invoke: Invoke, tmp_path: Path) -> None:
+    np.savez(tmp_path / "text.npz", tokens=np.arange(3000) % 700)
+    options = ("--vocabulary", 700, "--rows", 5000, "--capacity", "64KiB")
+    results = [invoke("replay", option, tmp_path / "text.npz", *options) for option in ("--trace", "--tokens")]
+    assert results[0].exit_code == 0, results[0].output
+    assert results[0].output == results[1].output
+
+
 @pytest.mark.parametrize("name", ["zipf", "shifting", "scanning", "text"])
 def test_what_is_made_up_is_replayed(invoke: Invoke, name: str) -> None:
     options = ("replay", "--synthetic", name, "--limit", 50, "--rows", 9000, "--capacity", "64KiB", "--seed", 3)

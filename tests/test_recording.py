@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stores import config_of, in_process, open_with, write_rows
+from stores import config_of, descriptors_of, in_process, open_with, store_threads, write_rows
 
 from tiercache import ClosedError, FormatError, StorageError, Store
 from tiercache.recording import recorder
@@ -324,6 +324,37 @@ def test_a_disk_that_fails_ends_the_recording_and_not_the_store(tmp_path: Path, 
         assert store.fetch([5], table="b").shape == (1, 8)
     batches, told = read_damaged(path)
     assert (batches, told.num_batches, told.why) == ([("b", [1])], 1, "the recording was not closed")
+
+
+def test_a_recording_that_failed_is_told_when_the_store_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.open({"trace": {"path": tmp_path / "rows.trace"}, "host": {"capacity": 800}}, tables=TABLES)
+
+    def full(descriptor: int, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(recorder, "_write_all", full)
+    store.fetch([1], table="b")
+    with pytest.raises(StorageError, match="No space left"):
+        store.close()
+    store.close()
+    assert store_threads() == []
+    assert descriptors_of(tmp_path / "rows.trace") == 0
+
+
+def test_a_recorder_whose_thread_cannot_begin_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with open_store() as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="new thread"):
+                store.record(tmp_path / "rows.trace")
+        assert descriptors_of(tmp_path / "rows.trace") == 0
+        assert store.stats().recordings == ()
+        with store.record(tmp_path / "rows.trace"):
+            store.fetch([1], table="b")
+    assert read(tmp_path / "rows.trace") == [("b", [1])]
 
 
 KILLED = """

@@ -342,6 +342,7 @@ class Store:
     def close(self) -> None:
         """End everything that `open` began: reads in flight land, the others are given up. A second close does nothing.
 
+        Recordings end too: StorageError, when all else is closed, where one could not be written.
         Tickets that were not taken, and fetches in other threads that still wait, raise ClosedError.
         """
         if self._process != os.getpid():

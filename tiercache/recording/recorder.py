@@ -133,7 +133,12 @@ class Recorder:
         arguments = (descriptor, bases_of(tables), lock, self._inbox, self._wake)
         self._thread = threading.Thread(target=_write, args=arguments, name="tiercache-record", daemon=True)
         self._finalizer = weakref.finalize(self, _finish, self._process, self._thread, self._wake, self._inbox)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self._finalizer.detach()
+            os.close(descriptor)
+            raise
         recorders.append(self)
 
     def add(self, base: int, rows: Rows) -> None:
