@@ -1,5 +1,6 @@
 """The command line, as a shell sees it: exit codes, one-line errors, tables packed and replayed, the demo."""
 
+import re
 from collections.abc import Callable
 from importlib.metadata import version
 from io import StringIO
@@ -15,6 +16,9 @@ from typer.testing import CliRunner, Result
 
 from tiercache import cli, demo
 from tiercache.demo import FormulaRows, WrongBytes, run
+from tiercache.lab.formats import save_csv, save_oracle
+from tiercache.lab.synthetic import zipf
+from tiercache.lab.trace import Trace
 from tiercache.storage.pack import pack_rows
 from tiercache.store import Store
 
@@ -141,6 +145,19 @@ def test_verify_names_the_damaged_page(invoke: Invoke, checkpoint: Path, tmp_pat
         (["replay", "--limit", "9", "--table", "a"], 2, "--table: names a table of a store; it needs --config"),
         (["replay", "--config", "c", "--policy", "lru", "--rows", "9"], 2, "--policy, --rows: are for a simulation"),
         (["replay", "--config", "c", "--capacity", "9", "--record-bytes", "9"], 2, "--capacity, --record-bytes: "),
+        (["replay", "--trace", "nowhere.csv"], 1, "nowhere.csv"),
+        (["replay", "--trace", "some-file"], 2, "some-file: of no format that its name or its content tells"),
+        (["replay", "--trace", "some-file", "--format", "zip"], 2, "--format 'zip': allowed are recording, oracle, csv,"),
+        (["replay", "--trace", "some-file", "--format", "oracle"], 1, "some-file: holds no rows to replay"),
+        (["replay", "--trace", "some-file", "--format", "csv"], 1, "some-file: holds no rows to replay"),
+        (["replay", "--trace", "some-file", "--format", "recording"], 1, "some-file: not a recording of a store"),
+        (["replay", "--trace", "some-file", "--format", "tokens"], 1, "some-file: not an .npz file"),
+        (["replay", "--format", "csv"], 2, "--format: is that of a trace; it needs --trace"),
+        (["replay", "--trace", "t", "--synthetic", "zipf"], 2, "--synthetic: makes up what --trace would be"),
+        (["replay", "--synthetic", "chaos"], 2, "--synthetic 'chaos': allowed are zipf, shifting, scanning, text"),
+        (["replay", "--family", "gpt"], 2, "--family 'gpt': allowed are demo, deepseek, qwen, longcat"),
+        (["replay", "--simulate"], 2, "--simulate: is for the tiers of a store; it needs --config"),
+        (["replay", "--synthetic", "scanning", "--rows", "1", "--limit", "1", "--policy", "no"], 2, "'no'"),
         (["bench", "--no-such-option"], 2, "no-such-option"),
     ],
 )
@@ -179,7 +196,7 @@ def test_replay_through_a_store_counts_what_the_simulator_counts(invoke: Invoke,
 
     def counted(result: Result) -> list[str]:
         (line,) = [line.split() for line in result.output.splitlines() if line.startswith(" lru")]
-        return line[:-1]  # a simulation reads records, a store pages
+        return line[:7]  # a simulation reads records, a store pages
 
     assert counted(live) == counted(simulated)
 
@@ -200,6 +217,121 @@ def test_replay_through_a_store_says_how_large_its_tier_is(invoke: Invoke, confi
     result = invoke("replay", "--limit", 200, "--config", config)
     (line,) = [line.split() for line in result.output.splitlines() if line.startswith(" s3fifo")]
     assert line[1] == "1.3", "5000 rows of 264 B"
+
+
+@pytest.fixture
+def recording(config: Path, tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    with Store.open(config) as store, store.record(tmp_path / "rows.trace"):
+        for _ in range(200):
+            store.fetch((rng.zipf(1.2, 50) - 1) % 5000)
+    return tmp_path / "rows.trace"
+
+
+def hits_of(result: Result, first: str) -> str:
+    (line,) = [line for line in result.output.splitlines() if line.startswith(f" {first} ")]
+    return next(cell for cell in line.split() if cell.endswith("%"))
+
+
+def test_a_recording_is_replayed_live_simulated_and_through_tiers(invoke: Invoke, config: Path, recording: Path) -> None:
+    live = invoke("replay", "--trace", recording, "--config", config)
+    tiers = invoke("replay", "--trace", recording, "--config", config, "--simulate")
+    policies = invoke("replay", "--trace", recording, "--policy", "lru", "--policy", "fifo", "--capacity", "64KiB")
+    for result in (live, tiers, policies):
+        assert (result.exit_code, result.stderr) == (0, ""), result.output
+    assert hits_of(live, "lru") == hits_of(tiers, "lru") == hits_of(policies, "lru") != hits_of(policies, "fifo")
+    assert "200 fetches: p50" in live.output
+    assert re.search(r"\d\.\d\d x", live.output), "read amplification"
+    assert not re.search(r"\d\.\d\d x", tiers.output), "nothing was read"
+    assert "fetches: p50" not in tiers.output
+    fewer = invoke("replay", "--trace", recording, "--config", config, "--limit", 7)
+    assert "7 fetches: p50" in fewer.output
+
+
+def test_two_tiers_are_shown_each_and_together(invoke: Invoke, config: Path, recording: Path) -> None:
+    config.write_text(config.read_text() + '[device]\ndevice = "cpu"\ncapacity = "16KiB"\npolicy = "sieve"\n')
+    live = invoke("replay", "--trace", recording, "--config", config)
+    tiers = invoke("replay", "--trace", recording, "--config", config, "--simulate")
+    assert live.exit_code == tiers.exit_code == 0, live.output + tiers.output
+    for first in ("device, sieve", "host, lru", "both"):
+        assert hits_of(live, first) == hits_of(tiers, first)
+
+
+def test_a_recording_of_a_store_without_files_is_enough_for_its_tiers(invoke: Invoke, recording: Path, tmp_path: Path) -> None:
+    config = tmp_path / "tiers.toml"
+    config.write_text('[host]\ncapacity = "64KiB"\npolicy = "lru"\n')
+    found = invoke("replay", "--trace", recording, "--config", config, "--simulate")
+    known = invoke("replay", "--trace", recording, "--policy", "lru", "--capacity", "64KiB")
+    assert found.exit_code == 0, found.output
+    assert hits_of(found, "lru") == hits_of(known, "lru")
+    refused = invoke("replay", "--config", config, "--simulate", "--limit", 9)
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert "unless a recording says what the tables are" in refused.stderr
+
+
+def test_a_recording_of_another_table_is_refused(invoke: Invoke, config: Path, recording: Path, tmp_path: Path) -> None:
+    pack_rows(FormulaRows(4999), tmp_path / "other")
+    config.write_text('[[table]]\npath = "other"\n')
+    for more in ([], ["--simulate"]):
+        result = invoke("replay", "--trace", recording, "--config", config, *more)
+        assert result.exit_code == 1
+        assert "rows.trace: recorded of another table 'table': 5000 rows; here it has 4999" in result.stderr
+    named = invoke("replay", "--trace", recording, "--config", config, "--table", "table")
+    assert (named.exit_code, "--table: is not for a recording" in named.stderr) == (2, True)
+
+
+def test_a_damaged_recording_is_replayed_up_to_the_damage_which_is_told(invoke: Invoke, recording: Path) -> None:
+    recording.write_bytes(recording.read_bytes()[:-10])
+    result = invoke("replay", "--trace", recording)
+    assert result.exit_code == 0
+    assert result.stderr.startswith("tiercache: warning: ")
+    assert result.stderr.count("\n") == 1
+    assert "rows.trace: the file ends within a block's header, at byte" in result.stderr
+    assert "200 whole batches are before it" in result.stderr
+
+
+def test_a_recording_without_batches_is_refused(invoke: Invoke, config: Path, tmp_path: Path) -> None:
+    with Store.open(config) as store, store.record(tmp_path / "empty.trace"):
+        pass
+    result = invoke("replay", "--trace", tmp_path / "empty.trace")
+    assert (result.exit_code, "empty.trace: holds no rows to replay" in result.stderr) == (1, True)
+
+
+def test_traces_of_others_are_replayed(invoke: Invoke, config: Path, tmp_path: Path) -> None:
+    trace = zipf(5000, batches=100, size=50)
+    save_csv(tmp_path / "t.csv", trace)
+    save_oracle(tmp_path / "t.bin", trace)
+    results = [invoke("replay", "--trace", tmp_path / name, "--config", config) for name in ("t.csv", "t.bin")]
+    results.append(invoke("replay", "--trace", tmp_path / "t.bin", "--policy", "lru", "--capacity", "64KiB"))
+    assert [result.exit_code for result in results] == [0, 0, 0]
+    assert len({hits_of(result, "lru") for result in results}) == 1
+    save_csv(tmp_path / "t.csv", zipf(5001, batches=100, size=500))
+    refused = invoke("replay", "--trace", tmp_path / "t.csv", "--config", config)
+    assert (refused.exit_code, "has row 5000; the table has rows 0 to 4999" in refused.stderr) == (1, True)
+
+
+def test_a_trace_of_tokens_is_the_text(invoke: Invoke, tmp_path: Path) -> None:
+    np.savez(tmp_path / "text.npz", tokens=np.arange(3000) % 700)
+    options = ("--vocabulary", 700, "--rows", 5000, "--capacity", "64KiB")
+    results = [invoke("replay", option, tmp_path / "text.npz", *options) for option in ("--trace", "--tokens")]
+    assert results[0].exit_code == 0, results[0].output
+    assert results[0].output == results[1].output
+
+
+@pytest.mark.parametrize("name", ["zipf", "shifting", "scanning", "text"])
+def test_what_is_made_up_is_replayed(invoke: Invoke, name: str) -> None:
+    options = ("replay", "--synthetic", name, "--limit", 50, "--rows", 9000, "--capacity", "64KiB", "--seed", 3)
+    results = [invoke(*options) for _ in range(2)]
+    assert results[0].exit_code == 0, results[0].output
+    assert results[0].output == results[1].output
+
+
+@pytest.mark.parametrize("family", ["deepseek", "qwen", "longcat"])
+def test_a_text_is_replayed_by_every_family(invoke: Invoke, family: str, config: Path) -> None:
+    result = invoke("replay", "--family", family, "--limit", 300, "--capacity", "1MiB", "--processes", 1)
+    assert result.exit_code == 0, result.output
+    refused = invoke("replay", "--family", family, "--limit", 300, "--config", config)
+    assert (refused.exit_code, f"the hashing of '{family}' is for a table of" in refused.stderr) == (2, True)
 
 
 def test_bench_runs_what_is_named(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +396,6 @@ def test_the_demo_notices_one_wrong_byte(tmp_path: Path, monkeypatch: pytest.Mon
     pack_rows(FormulaRows(2000), tmp_path / "table")
     monkeypatch.setattr(FormulaRows, "read", right)
     config = {"table": [{"path": tmp_path / "table"}], "host": {"capacity": "64KiB"}}
-    trace = cli.Trace(np.arange(2000), np.array([0, 900, 2000]))
+    trace = Trace(np.arange(2000), np.array([0, 900, 2000]))
     with Store.open(config) as store, pytest.raises(WrongBytes, match="row 1500"):
         demo._stream(store, trace, FormulaRows(2000))

@@ -62,7 +62,7 @@ def test_the_embedding_gives_the_rows_asked_for_and_not_those_prefetched(indices
 def test_the_example_config_has_every_setting_and_only_those() -> None:
     config = StoreConfig.load(_ROOT / "examples" / "store.toml")
     given = config.model_dump(exclude_unset=True)
-    assert set(given) | {"restore"} == set(StoreConfig.model_fields)
+    assert set(given) | {"restore", "trace"} == set(StoreConfig.model_fields)
     assert config.device is not None
     for section, tier in (("device", config.device), ("host", config.host)):
         assert set(given[section]) | {"hot_set"} == set(type(tier).model_fields)

@@ -216,8 +216,8 @@ def test_s3fifo_ghost_sends_a_returning_key_to_the_main_queue():
 def test_gittins_equals_its_model_while_it_learns(capacity):
     driver, model = Driver("gittins", capacity), MODELS["gittins"](capacity)
     driver.state.book[gittins._INTERVAL] = model.interval = 128
-    trace = np.concatenate([zipf_trace(20_000, 4 * capacity + 5, seed=2), np.arange(1000), zipf_trace(5000, 2 * capacity, seed=3)])
-    for key in trace.tolist():
+    parts = zipf_trace(20_000, 4 * capacity + 5, seed=2), np.arange(1000), zipf_trace(5000, 2 * capacity, seed=3)
+    for key in np.concatenate(parts).tolist():
         before = driver.keys.tolist()
         hit, slot = driver.use(key)
         if hit:

@@ -1,12 +1,14 @@
 """tiercache: a huge table of fixed-size rows, held in tiers, behind one `fetch`."""
 
-from tiercache.config import HostConfig, StorageConfig, StoreConfig, TableConfig
+from tiercache.config import HostConfig, StorageConfig, StoreConfig, TableConfig, TraceConfig
 from tiercache.errors import ClosedError, ConfigError, FormatError, StorageError, TierCacheError
 from tiercache.flight import Ticket
 from tiercache.op import as_operator
+from tiercache.recording.reader import DamagedRecording, Recording
+from tiercache.recording.recorder import Recorder
 from tiercache.records import Field, Record
 from tiercache.source import Source
-from tiercache.stats import CurvePoint, LevelStats, StorageStats, StoreStats
+from tiercache.stats import CurvePoint, LevelStats, RecordingStats, StorageStats, StoreStats
 from tiercache.store import Store
 
 __version__ = "0.1.0"
@@ -15,11 +17,15 @@ __all__ = [
     "ClosedError",
     "ConfigError",
     "CurvePoint",
+    "DamagedRecording",
     "Field",
     "FormatError",
     "HostConfig",
     "LevelStats",
     "Record",
+    "Recorder",
+    "Recording",
+    "RecordingStats",
     "Source",
     "StorageConfig",
     "StorageError",
@@ -30,6 +36,7 @@ __all__ = [
     "TableConfig",
     "Ticket",
     "TierCacheError",
+    "TraceConfig",
     "__version__",
     "as_operator",
 ]

@@ -1,4 +1,4 @@
-"""From a config's tiers to levels, and from levels to counts."""
+"""From a config's tiers to levels, from levels to counts, and what a recording says of the tables."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +10,11 @@ from tiercache.curve import Curve
 from tiercache.errors import ConfigError
 from tiercache.level import BYPASSES, HITS, MISSES, PINNED, Level
 from tiercache.policies import POLICIES
+from tiercache.recording.blocks import RecordedTable
+from tiercache.request import Table
 from tiercache.stats import LevelStats, device_pays, host_pays
 from tiercache.storage.memory import read_rows
+from tiercache.storage.table import FileTable
 from tiercache.tiers import DeviceTier
 from tiercache.tiers.host import HostTier
 
@@ -77,3 +80,11 @@ def stats_of(tier: HostTier | DeviceTier, row_ns: float) -> LevelStats:
         pays=pays,
         why=why,
     )
+
+
+def recorded_tables(tables: Mapping[str, Table], files: Mapping[str, FileTable]) -> list[RecordedTable]:
+    """What a recording says of a store's tables, in the order of their rows. files: those of them that are on disk."""
+    return [
+        RecordedTable(name, table.num_rows, table.record.record_bytes, files[name].identity if name in files else "")
+        for name, table in tables.items()
+    ]

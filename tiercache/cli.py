@@ -3,30 +3,22 @@
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 from typer.core import TyperGroup
 
 from tiercache import demo as demonstration
-from tiercache.config import parse_bytes
-from tiercache.engram.demo import fit_hasher
+from tiercache import replays
 from tiercache.errors import ConfigError, TierCacheError
-from tiercache.lab.bounds import Uses, uses_of
-from tiercache.lab.curves import ONLINE
-from tiercache.lab.replay import Replay, replay_live, replay_simulated
-from tiercache.lab.tokens import SHIPPED, SHIPPED_VOCABULARY, TokenStream, load_tokens
-from tiercache.lab.trace import Trace, chunks, serving
-from tiercache.policies import DEFAULT
+from tiercache.lab.tokens import SHIPPED, SHIPPED_VOCABULARY
+from tiercache.recording.reader import DamagedRecording
 from tiercache.storage import pack as packing
 from tiercache.store import Store
 
@@ -72,13 +64,6 @@ def _main(
     ] = False,
 ) -> None:
     """Options of every command."""
-
-
-def _bytes(text: str) -> int:
-    try:
-        return parse_bytes(int(text) if text.isdigit() else text)
-    except ValueError as error:
-        raise ConfigError(f"capacity {text!r}: {error}") from None
 
 
 Fields = Annotated[
@@ -172,104 +157,52 @@ def _size(num_bytes: int) -> str:
 
 @app.command()
 def replay(
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Trace: a store's recording, libCacheSim's oracleGeneral or csv, or an .npz of tokens."),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="Of the trace: recording, oracle, csv, tokens. Else its name or content tells."),
+    ] = None,
     text: Annotated[Path, typer.Option("--tokens", help=".npz with tokens and documents.")] = SHIPPED,
+    synthetic: Annotated[
+        str | None, typer.Option(help="Make one up instead: zipf, shifting, scanning, or text, which is hashed.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is made up.")] = 0,
+    family: Annotated[str, typer.Option(help="Hashing of a text: demo, deepseek, qwen, longcat.")] = "demo",
     vocabulary: Annotated[int, typer.Option(min=1, help="Number of token ids.")] = SHIPPED_VOCABULARY,
-    limit: Annotated[int | None, typer.Option(min=1, help="Tokens to use; all where it is not given.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a text, or batches of a trace, to use; all where it is not given.")
+    ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Tokens a batch; without it, prefill chunks and decode steps mixed.")
+        int | None, typer.Option(min=1, help="Tokens of a text in a batch; without it, prefill chunks and decode steps mixed.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Replay through this store; without it, simulate.")] = None,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Only count what the tiers of --config would do.")] = False,
     name: Annotated[str | None, typer.Option("--table", help="Table of the store.")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="Policy to simulate, or several.")] = None,
     capacity: Annotated[list[str] | None, typer.Option(help="Tier size to simulate, or several.")] = None,
     record_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Bytes of a simulated record; 264 where it is not given.")
+        int | None, typer.Option(min=1, help="Bytes of a simulated record; where not given the recording's, or 264.")
     ] = None,
     num_rows: Annotated[
         int | None, typer.Option("--rows", min=1, help="Rows of the simulated table; 8,134,407 where it is not given.")
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="For simulations; one a core where not given and there is much to do.")
+    ] = None,
 ) -> None:
-    """Replay the n-grams of a text, live or simulated: hit rates, bytes read, and what no policy could beat."""
-    live, simulated = {"--table": name}, dict(zip(_SIMULATED, (policy, capacity, record_bytes, num_rows), strict=True))
-    if config is None:
-        _refuse(live, "names a table of a store; it needs --config")
-    else:
-        _refuse(simulated, "are for a simulation; with --config the store decides")
-    stream = load_tokens(text)
-    stream = stream if limit is None else stream.first(limit)
-    if config is not None:
-        _replay_live(config, name, lambda rows: _trace(stream, rows, vocabulary, batch))
-        return
-    policies = _known(policy or [DEFAULT])
-    record_bytes = record_bytes or 264
-    wanted = _trace(stream, num_rows or 8_134_407, vocabulary, batch)
-    uses = uses_of(wanted)
-    sizes = [max(1, _bytes(size) // record_bytes) for size in capacity or ["64MiB"]]
-    with Console(stderr=True).status(f"Simulating {wanted.rows.size:,} rows"):
-        results = [_simulate(each, slots, wanted, uses, record_bytes) for slots in sizes for each in policies]
-    _print_replays(results, record_bytes)
-
-
-_SIMULATED = ("--policy", "--capacity", "--record-bytes", "--rows")
-
-
-def _refuse(options: Mapping[str, object], why: str) -> None:
-    """ConfigError where one of these options was given."""
-    if given := [option for option, value in options.items() if value is not None and value != []]:
-        raise ConfigError(f"{', '.join(given)}: {why}")
-
-
-def _replay_live(config: Path, name: str | None, trace: Callable[[int], Trace]) -> None:
-    with Store.open(config) as store:
-        if name is None and len(store.tables) > 1:
-            raise ConfigError(f"--table: is required, as there are several; allowed are {', '.join(store.tables)}")
-        if name is not None and name not in store.tables:
-            raise ConfigError(f"--table {name!r}: allowed are {', '.join(store.tables)}")
-        wanted = trace(store.num_rows(name))
-        with Console(stderr=True).status(f"Fetching {wanted.rows.size:,} rows"):
-            result = replay_live(store, wanted, uses_of(wanted), table=name)
-        host = store.stats().host
-    _print_replays([result], host.capacity_bytes // host.capacity_slots)
-    p50, p99 = np.percentile(result.latency_ns, (50, 99)) / 1e6
-    console.print(f"{wanted.num_batches:,} fetches: p50 {p50:.3f} ms, p99 {p99:.3f} ms")
-
-
-def _simulate(policy: str, slots: int, wanted: Trace, uses: Uses, record_bytes: int) -> Replay:
-    return replay_simulated(policy, slots, wanted, uses, record_bytes=record_bytes)
-
-
-def _known(policies: list[str]) -> list[str]:
-    for policy in policies:
-        if policy not in ONLINE:
-            raise ConfigError(f"policy {policy!r}: allowed are {', '.join(ONLINE)}")
-    return policies
-
-
-def _trace(stream: TokenStream, num_rows: int, vocabulary: int, batch: int | None) -> Trace:
-    try:
-        rows = fit_hasher(num_rows, vocabulary=vocabulary).rows(stream.tokens, stream.documents)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return serving(rows, stream.documents) if batch is None else chunks(rows, batch)
-
-
-def _print_replays(results: list[Replay], record_bytes: int) -> None:
-    columns = ("policy", "MiB", "hits", "static", "Belady", "unbounded", "misses", "MiB read")
-    title = f"Share of {results[0].counts.accesses:,} accesses, each a distinct row of a batch"
-    table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for result in results:
-        counts, bounds = result.counts, result.bounds
-        hits = (counts.hits, bounds.static, bounds.belady, bounds.unbounded)
-        table.add_row(
-            result.tier,
-            f"{result.capacity * record_bytes / 2**20:,.1f}",
-            *(f"{100 * each / max(bounds.accesses, 1):.2f}%" for each in hits),
-            f"{counts.misses:,}",
-            f"{result.bytes_read / 2**20:,.0f}",
-        )
-    console.print(table)
+    """Replay a trace or a text, live or simulated: hit rates, reads, and what no policy could beat."""
+    what = replays.What(trace, form, text, synthetic, seed, family, vocabulary, limit, batch)
+    simulated = replays.Simulated(policy, capacity, record_bytes, num_rows, processes)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", DamagedRecording)
+        try:
+            replays.run(what, simulated, config, name, simulate=simulate, console=console)
+        finally:
+            for warning in told:
+                _tell(f"warning: {warning.message}", "yellow")
 
 
 @app.command()

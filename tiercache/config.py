@@ -136,6 +136,13 @@ class StorageConfig(_Section):
     """page: compare the checksum of every page read (packed tables). Costs about 1 us a page and reads whole pages."""
 
 
+class TraceConfig(_Section):
+    """Recording of what is asked for, for `tiercache replay`."""
+
+    path: _Path
+    """The file. One that is there and of the same tables is continued. It takes 3 to 4 bytes a row."""
+
+
 class StoreConfig(_Section):
     """A whole store."""
 
@@ -151,6 +158,8 @@ class StoreConfig(_Section):
     """Absent: no device tier, and rows are served on the CPU."""
     host: HostConfig = HostConfig()
     storage: StorageConfig = StorageConfig()
+    trace: TraceConfig | None = None
+    """Absent: nothing is recorded."""
 
     @field_validator("tables")
     @classmethod
@@ -180,6 +189,7 @@ _SECTIONS: dict[str, Any] = {
     "device": DeviceConfig,
     "host": HostConfig,
     "storage": StorageConfig,
+    "trace": TraceConfig,
 }
 _HINTS = {"mode": "this release only reads; "}
 _SHAPES = {

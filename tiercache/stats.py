@@ -112,6 +112,27 @@ class StorageStats(NamedTuple):
     notes: tuple[str, ...]
 
 
+class RecordingStats(NamedTuple):
+    """A recording that goes on.
+
+    path             where to
+    batches          fetches and prefetches that were taken
+    rows             rows asked for in them, duplicates included
+    dropped_batches  those that were left out, as the disk was too slow or failed
+    dropped_rows     rows asked for in those
+    bytes_written    bytes of the file so far
+    error            why nothing is recorded any more, or None
+    """
+
+    path: str
+    batches: int
+    rows: int
+    dropped_batches: int
+    dropped_rows: int
+    bytes_written: int
+    error: str | None
+
+
 class StoreStats(NamedTuple):
     """A whole store.
 
@@ -122,6 +143,7 @@ class StoreStats(NamedTuple):
     host     the tier in host memory
     storage  the disk; None where every table is a source
     device   the tier above the host's, on a device; None without one
+    recordings  those that go on
     """
 
     fetches: int
@@ -131,6 +153,7 @@ class StoreStats(NamedTuple):
     host: LevelStats
     storage: StorageStats | None
     device: LevelStats | None = None
+    recordings: tuple[RecordingStats, ...] = ()
 
     def report(self) -> str:
         """Some lines on each tier, to be read."""

@@ -19,12 +19,14 @@ import numpy.typing as npt
 import torch
 
 from tiercache import warm
-from tiercache.assemble import level_of, options_of, stats_of
+from tiercache.assemble import level_of, options_of, recorded_tables, stats_of
 from tiercache.config import StoreConfig
 from tiercache.errors import ClosedError, ConfigError, StorageError
 from tiercache.flight import Flight, Ticket
 from tiercache.graph import StaticFetch
 from tiercache.level import MAX_PINS, PINNED, PLAN_MISSES, SLOT, pending_of
+from tiercache.recording.blocks import RecordedTable
+from tiercache.recording.recorder import Recorder
 from tiercache.request import Table, checked, rows_of, shape_of, with_values
 from tiercache.source import Source
 from tiercache.stats import StoreStats
@@ -100,6 +102,7 @@ class Store:
             else None
         )
         self._sources: list[SourceReader] = []
+        self._recorders: list[Recorder] = []
         try:
             self._queue = self._disk.engine.queue if self._disk else q.new_queue()
             self._tables = self._open_readers(tables)
@@ -107,12 +110,18 @@ class Store:
             if self._disk:
                 self._disk.close()
             raise
-        self._finalizer = weakref.finalize(self, _end, self._process, self._disk, self._sources, self._top)
+        self._finalizer = weakref.finalize(self, _end, self._process, self._disk, self._sources, self._top, self._recorders)
         self._files = {name: table for name, table in tables.items() if isinstance(table, FileTable)}
         self._restored: tuple[str, ...] = ()
         if config.restore is not None:
             try:
                 self._restored = self._restore(config.restore, num_rows)
+            except BaseException:
+                self.close()
+                raise
+        if config.trace is not None:
+            try:
+                self.record(config.trace.path)
             except BaseException:
                 self.close()
                 raise
@@ -221,7 +230,7 @@ class Store:
                 self._enter(flight)
                 reads, num_bytes = wanted.reader.num_reads, wanted.record.record_bytes
                 served = self._top.serve(flight.plan, rows, reads, records, num_bytes)
-                self._begin(flight, served=served)
+                self._begin(flight, rows, served=served)
             if not served:
                 begun_ns = time.monotonic_ns()
                 self._read(flight, 0)
@@ -288,6 +297,22 @@ class Store:
             self._reap(len(self._abandoned))  # what has risen is then known to be there
         return warm.save(Path(path), self._tiers, about, self._stride, self._lock, self._require_open)
 
+    def record(self, path: str | os.PathLike[str]) -> Recorder:
+        """Begin to record the rows of every fetch and prefetch, in the order in which they are planned, until it is closed.
+
+        It goes on in a file that is there and of the same tables, behind its last whole block. What a thread cannot write fast
+        enough is left out, whole batches at a time, and counted in `stats().recordings`. StorageError where the file cannot be
+        written or somebody is recording to it, FormatError where it is something else or of other tables.
+        """
+        self._require_here()
+        with self._lock:
+            self._require_open()
+            return Recorder(Path(path), self.recorded_tables(), self._lock, self._recorders)
+
+    def recorded_tables(self) -> list[RecordedTable]:
+        """What a recording says of the tables, in the order of their rows."""
+        return recorded_tables(self._tables, self._files)
+
     def stats(self) -> StoreStats:
         """Counts since open, and what serves."""
         self._require_here()
@@ -302,6 +327,7 @@ class Store:
                 host=stats_of(self._host, row_ns),
                 storage=self._disk.stats() if self._disk else None,
                 device=None if self._device is None else stats_of(self._device, row_ns),
+                recordings=tuple(recorder.stats() for recorder in self._recorders),
             )
 
     def check(self) -> None:
@@ -320,6 +346,7 @@ class Store:
     def close(self) -> None:
         """End everything that `open` began: reads in flight land, the others are given up. A second close does nothing.
 
+        Recordings end too: StorageError, when all else is closed, where one could not be written.
         Tickets that were not taken, and fetches in other threads that still wait, raise ClosedError.
         """
         if self._process != os.getpid():
@@ -402,7 +429,7 @@ class Store:
         with self._lock:
             self._enter(flight)
             self._top.plan(flight.plan, rows, flight.table.reader.num_reads)
-            self._begin(flight)
+            self._begin(flight, rows)
 
     def _enter(self, flight: Flight) -> None:
         """A flight begins, if the store serves and has room for it; the store knows it from now on. Under the lock."""
@@ -413,8 +440,10 @@ class Store:
             raise RuntimeError(f"{len(self._flights)} tickets are in flight; take, cancel or drop some")
         self._flights.add(flight)
 
-    def _begin(self, flight: Flight, *, served: bool = False) -> None:
+    def _begin(self, flight: Flight, rows: npt.NDArray[np.int64], *, served: bool = False) -> None:
         """A flight was planned: count it, and see which slots it waits for that other flights' reads fill. Under the lock."""
+        for recorder in self._recorders:
+            recorder.add(flight.table.base, rows)
         self._fetches += 1
         self._rows += flight.plan.where.size
         if served:
@@ -585,7 +614,13 @@ class Store:
 _NO_ROWS = np.empty(0, np.int64)
 
 
-def _end(process: int, disk: Disk | None, sources: list[SourceReader], top: HostTier | DeviceTier) -> None:
+def _end(
+    process: int,
+    disk: Disk | None,
+    sources: list[SourceReader],
+    top: HostTier | DeviceTier,
+    recorders: list[Recorder],
+) -> None:
     """End what a store's `open` began, all of it even if a source's `close` fails; in the process that opened it only."""
     if process != os.getpid():
         return
@@ -595,3 +630,5 @@ def _end(process: int, disk: Disk | None, sources: list[SourceReader], top: Host
             stack.callback(disk.close)
         for source in sources:
             stack.callback(source.close)
+        for recorder in list(recorders):
+            stack.callback(recorder.close)

@@ -333,9 +333,9 @@ def learn(state: State, group: int, now: int) -> None:
 def _judge(state: State, group: int) -> None:
     """The index of a class at every age.
 
-    From the last age to the first: the best time to give up is the end of a run of ages that together bring more than any shorter
-    run and than what follows. An age is a run by itself, and takes in the run behind it for as long as that is better. Only sums,
-    products and quotients of float64, which are the same on every machine.
+    From the last age to the first: the best time to give up is the end of a run of ages that together bring more than any
+    shorter run and than what follows. An age is a run by itself, and takes in the run behind it for as long as that is better.
+    Only sums, products and quotients of float64, which are the same on every machine.
     """
     uses, time, end = state.uses, state.time, state.end
     alive, at = 1.0, int64(0)

@@ -1,0 +1,119 @@
+"""Recording: what it adds to a fetch of resident rows, and what a row takes in the file.
+
+The same store, the same batches, with and without a recorder in turns. The rows are those that a text asks for (DeepSeek-V4.1's
+hashing of the shipped text, prompts in chunks and decode steps); a turn fetches batches of one size, cut from them.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from _common import Computed, Figure, Rows, Sample, parser, report, timed
+from rich.progress import track
+
+from tiercache import Store
+from tiercache.engram.deepseek import deepseek_hashers
+from tiercache.lab.tokens import SHIPPED_VOCABULARY, load_tokens
+from tiercache.lab.trace import serving
+from tiercache.recording.codec import Packer, unpack
+from tiercache.recording.recorder import BLOCK_ROWS
+
+SIZES = (48, 10_000)
+_TURN_S = 1.0
+
+
+def main() -> None:
+    """Measure and report."""
+    options = parser(__doc__, directory=False)
+    options.add_argument("--tokens", type=int, default=100_000, help="of the shipped text (%(default)s)")
+    options.add_argument("--rounds", type=int, default=15, help="(%(default)s)")
+    arguments = options.parse_args()
+    torch.set_num_threads(1)
+    rows, num_rows = _rows(arguments.tokens)
+    figures: list[Figure] = []
+    with tempfile.TemporaryDirectory() as directory:
+        for size in SIZES:
+            figures += _fetches(rows, num_rows, size, Path(directory), arguments.rounds)
+    figures += _codec(rows)
+    title = f"Recording: fetches of resident rows, with a recorder and without ({rows.size:,} rows of text)"
+    report("record", title, figures, arguments)
+
+
+def _rows(num_tokens: int) -> tuple[Rows, int]:
+    """Rows that the text asks for, in the order of serving, and rows of the table."""
+    stream = load_tokens().first(num_tokens)
+    hasher = deepseek_hashers((1,), compression=None, compressed_vocab_size=SHIPPED_VOCABULARY)[0]
+    return serving(hasher.rows(stream.tokens, stream.documents), stream.documents).rows, hasher.num_rows
+
+
+def _fetches(rows: Rows, num_rows: int, size: int, directory: Path, rounds: int) -> list[Figure]:
+    """Time of a fetch with and without; what was dropped, and what the file took."""
+    source = Computed(num_rows)
+    batches = [torch.from_numpy(rows[start : start + size]) for start in range(0, rows.size - size, size)]
+    out = torch.empty((size, source.record.record_bytes), dtype=torch.uint8)
+    capacity = np.unique(rows).size * 2 * source.record.record_bytes
+    turns: dict[bool, list[Sample]] = {False: [], True: []}
+    taken = dropped = num_bytes = 0
+    with Store.open({"host": {"capacity": capacity}}, tables={"rows": source}) as store:
+        for batch in batches:
+            store.fetch(batch, out=out, raw=True)
+        asked = cycle(batches)
+        for number in track(range(2 * (rounds + 1)), f"{size:,} rows a fetch", transient=True):
+            recording = (number + number // 2) % 2 == 1
+            if not recording:
+                turn = _turn(store, asked, out)
+            else:
+                path = directory / f"{size}-{number}.trace"
+                with store.record(path) as recorder:
+                    turn = _turn(store, asked, out)
+                stats = recorder.stats()
+                taken, dropped, num_bytes = taken + stats.rows, dropped + stats.dropped_batches, num_bytes + stats.bytes_written
+                path.unlink()
+            if number >= 2:
+                turns[recording].append(turn)
+    base, value = (1e6 * median(turn.seconds for turn in turns[recording]) for recording in (False, True))
+    base_cpu, cpu = (1e6 * median(turn.cpu_seconds for turn in turns[recording]) for recording in (False, True))
+    what = f"fetch of {size:,} resident rows, recorded"
+    return [
+        Figure(what, value, "us", "not recorded", base, at_most=1.02),
+        Figure(f"{what}: CPU of the thread that fetches", cpu, "us", "not recorded", base_cpu, at_most=1.02),
+        Figure(f"{what}: bytes of the file", num_bytes / taken, "B/row"),
+        Figure(f"{what}: batches dropped", dropped, "batches", at_most=0),
+    ]
+
+
+def _turn(store: Store, asked: Iterator[torch.Tensor], out: torch.Tensor) -> Sample:
+    """Seconds a fetch, over about a second: elapsed, and of this thread's CPU."""
+    count, cpu, begin = 0, time.thread_time(), time.perf_counter()
+    while time.perf_counter() - begin < _TURN_S:
+        for batch in islice(asked, 64):
+            store.fetch(batch, out=out, raw=True)
+            count += 1
+    return Sample((time.perf_counter() - begin) / count, (time.thread_time() - cpu) / count)
+
+
+def _codec(rows: Rows) -> list[Figure]:
+    """Time and bytes of packing alone."""
+    packer = Packer()
+    blocks = [rows[start : start + BLOCK_ROWS] for start in range(0, rows.size, BLOCK_ROWS)]
+    packed = [packer.pack(block) for block in blocks]
+    num_bytes = sum(each.bits.nbytes + each.sequences.nbytes for each in packed)
+    pack = [timed(lambda: [packer.pack(block) for block in blocks]).cpu_seconds for _ in range(5)]
+    copies = [each._replace(sequences=packer.pack(block).sequences.copy()) for each, block in zip(packed, blocks, strict=True)]
+    sizes = [block.size for block in blocks]
+    back = [timed(partial(list, map(unpack, copies, sizes))).cpu_seconds for _ in range(5)]
+    return [
+        Figure("packing", 1e9 * median(pack) / rows.size, "CPU ns/row"),
+        Figure("unpacking", 1e9 * median(back) / rows.size, "CPU ns/row"),
+        Figure("packed, the text in its order", num_bytes / rows.size, "B/row"),
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""The file of a recording: blocks, each whole in itself. `FORMAT.md` specifies them.
+
+    head   what the tables are; begins the file, and each further part of it that a later process appended
+    data   batches, in the order in which they were planned
+    end    the recording was closed; without one, its process was killed
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tiercache.errors import FormatError
+from tiercache.recording.codec import Packed, Packer, pack_numbers, unpack, unpack_numbers
+from tiercache.storage.checksum import xxh64
+
+MAGIC = b"TCrecord"
+HEAD, DATA, END = 1, 2, 3
+
+HEADER = np.dtype(
+    [
+        ("magic", "S8"),
+        ("kind", "<u4"),
+        ("width", "<u4"),
+        ("payload_bytes", "<u4"),
+        ("num_batches", "<u4"),
+        ("num_rows", "<u4"),
+        ("num_fresh", "<u4"),
+        ("lists_bytes", "<u4"),
+        ("unused", "<u4"),
+        ("dropped_batches", "<u8"),
+        ("dropped_rows", "<u8"),
+        ("payload_sum", "<i8"),
+        ("header_sum", "<i8"),
+    ]
+)
+"""Of each block; 72 bytes."""
+
+MOST_ROWS = 1 << 23
+"""Rows and batches of a block."""
+
+_MOST_BYTES = 1 << 27
+_WIDEST = 62
+
+
+class RecordedTable(NamedTuple):
+    """A table as a recording knows it. identity: of the data; empty for a source."""
+
+    name: str
+    num_rows: int
+    record_bytes: int
+    identity: str
+
+
+def bases_of(tables: list[RecordedTable]) -> npt.NDArray[np.int64]:
+    """int64[t], the row of the store that each table begins with."""
+    sizes = np.array([table.num_rows for table in tables], np.int64)
+    return np.cumsum(sizes) - sizes
+
+
+class Block(NamedTuple):
+    """Batches. Batch i is of table tables[i] and has the next sizes[i] of `rows`, which count from that table's first.
+
+    dropped: (batches, rows) that were asked for before this block's and after the last block's, and are not recorded.
+    """
+
+    tables: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    dropped: tuple[int, int]
+
+
+class Damaged(ValueError):
+    """A block that is not as it was written."""
+
+
+class _Head(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format: Literal[1]
+    tables: list[tuple[str, int, int, str]] = Field(min_length=1)
+
+
+def head_block(tables: list[RecordedTable]) -> bytes:
+    """The block that says of which tables a recording is."""
+    return _block(HEAD, json.dumps({"format": 1, "tables": tables}).encode())
+
+
+def end_block(dropped: tuple[int, int]) -> bytes:
+    """The block that ends a recording."""
+    return _block(END, b"", dropped=dropped)
+
+
+def data_block(packer: Packer, block: Block) -> bytes:
+    """The bytes of a block of batches: at most MOST_ROWS rows, and as many batches."""
+    packed = packer.pack(block.rows)
+    lists = pack_numbers(np.stack([block.tables, block.sizes], 1).reshape(-1))
+    payload = packed.bits.tobytes() + lists.tobytes() + packed.sequences.tobytes()
+    return _block(
+        DATA,
+        payload,
+        width=packed.width,
+        num_batches=block.sizes.size,
+        num_rows=block.rows.size,
+        num_fresh=packed.num_fresh,
+        lists_bytes=lists.size,
+        dropped=block.dropped,
+    )
+
+
+def _block(kind: int, payload: bytes, *, dropped: tuple[int, int] = (0, 0), **fields: int) -> bytes:
+    header = np.zeros(1, HEADER)
+    header["magic"], header["kind"], header["payload_bytes"] = MAGIC, kind, len(payload)
+    header["dropped_batches"], header["dropped_rows"] = dropped
+    for name, value in fields.items():
+        header[name] = value
+    header["payload_sum"] = _sum(payload)
+    header["header_sum"] = _sum(header.tobytes())
+    return header.tobytes() + payload
+
+
+def _sum(data: bytes) -> int:
+    array = np.frombuffer(data, np.uint8)
+    return int(xxh64(array.ctypes.data, array.size))
+
+
+def read_header(file: BinaryIO) -> Any:
+    """The next block's header; None at the end of the file. Damaged where it is none."""
+    data = file.read(HEADER.itemsize)
+    if not data:
+        return None
+    if len(data) < HEADER.itemsize:
+        raise Damaged("the file ends within a block's header")
+    header = np.frombuffer(data, HEADER).copy()
+    found = int(header["header_sum"][0])
+    header["header_sum"] = 0
+    if header["magic"][0] != MAGIC or found != _sum(header.tobytes()):
+        raise Damaged("what should be a block's header is none")
+    header = header[0]
+    if (
+        header["kind"] not in (HEAD, DATA, END)
+        or header["payload_bytes"] > _MOST_BYTES
+        or max(header["num_rows"], header["num_batches"]) > MOST_ROWS
+        or header["width"] > _WIDEST
+    ):
+        raise Damaged("a block's header says what no writer of this format does")
+    return header
+
+
+def read_payload(file: BinaryIO, header: Any) -> bytes:
+    """The bytes behind a header. Damaged where they are not what was written."""
+    payload = file.read(int(header["payload_bytes"]))
+    if len(payload) < header["payload_bytes"]:
+        raise Damaged("the file ends within a block")
+    if _sum(payload) != header["payload_sum"]:
+        raise Damaged("a block's checksum is wrong")
+    return payload
+
+
+def tables_of(payload: bytes) -> list[RecordedTable]:
+    """What a head block says. Damaged where it is none that this version reads."""
+    try:
+        head = _Head.model_validate_json(payload)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise Damaged(f"its head is not one that this version reads: {where}: {first['msg']}") from None
+    return [RecordedTable(*table) for table in head.tables]
+
+
+def batches_of(header: Any, payload: bytes, tables: list[RecordedTable]) -> Block:
+    """What a data block holds. Damaged where it does not add up."""
+    num_fresh, num_batches, num_rows = (int(header[name]) for name in ("num_fresh", "num_batches", "num_rows"))
+    lists_at = -(-num_fresh * int(header["width"]) // 64) * 8
+    sequences_at = lists_at + int(header["lists_bytes"])
+    if num_fresh > num_rows or sequences_at > len(payload):
+        raise Damaged("a block is shorter than its header says")
+    data = np.frombuffer(payload, np.uint8)
+    bits = np.frombuffer(payload, np.int64, lists_at // 8)
+    try:
+        lists = unpack_numbers(data[lists_at:sequences_at], 2 * num_batches).reshape(-1, 2)
+        which, sizes = np.ascontiguousarray(lists.T)
+        rows = unpack(Packed(bits, data[sequences_at:], int(header["width"]), num_fresh), num_rows)
+    except ValueError as error:
+        raise Damaged(f"a block's batches cannot be read: {error}") from error
+    if sizes.sum() != num_rows or (which >= len(tables)).any():
+        raise Damaged("a block's batches do not add up")
+    limits = np.repeat(np.array([table.num_rows for table in tables])[which], sizes)
+    if (rows >= limits).any():
+        raise Damaged("a block has rows that its table has not")
+    return Block(which, sizes, rows, (int(header["dropped_batches"]), int(header["dropped_rows"])))
+
+
+def whole_bytes(path: Path, file: BinaryIO, tables: list[RecordedTable]) -> int:
+    """Bytes of the whole blocks of a recording of these tables, behind which another may be appended.
+
+    A block whose end is missing is left out: its writer was killed. FormatError for anything else that is no whole recording,
+    or is one of other tables. Reads headers only, and the last block.
+    """
+    size = file.seek(0, 2)
+    file.seek(0)
+    end = 0
+    last: tuple[int, Any] | None = None
+    try:
+        while size - end >= HEADER.itemsize:
+            file.seek(end)
+            header = read_header(file)
+            stop = end + HEADER.itemsize + int(header["payload_bytes"])
+            if stop > size:
+                break
+            if header["kind"] == HEAD:
+                require_same(path, tables_of(read_payload(file, header)), tables)
+            last, end = (end, header), stop
+        if last is not None:
+            file.seek(last[0] + HEADER.itemsize)
+            read_payload(file, last[1])
+    except Damaged as error:
+        raise FormatError(f"{path}: nothing can be appended to it: from byte {end}: {error}") from error
+    if last is None:
+        raise FormatError(f"{path}: is no recording of a store, and is not overwritten")
+    return end
+
+
+def require_same(path: Path, recorded: list[RecordedTable], tables: list[RecordedTable]) -> None:
+    """FormatError unless each recorded table is among these. The identity counts where both have one."""
+    by_name = {table.name: table for table in tables}
+    for table in recorded:
+        other = by_name.get(table.name)
+        if other is None:
+            raise FormatError(f"{path}: recorded of table {table.name!r}; here are {', '.join(map(repr, by_name))}")
+        for what, mine, theirs in zip(("rows", "bytes a record"), table[1:3], other[1:3], strict=True):
+            if mine != theirs:
+                raise FormatError(f"{path}: recorded of another table {table.name!r}: {mine} {what}; here it has {theirs}")
+        if table.identity and other.identity and table.identity != other.identity:
+            raise FormatError(
+                f"{path}: recorded of another table {table.name!r}: identity {table.identity}; here it is {other.identity}"
+            )
+
+
+def blocks(file: BinaryIO) -> Iterator[tuple[int, Any, bytes]]:
+    """(offset, header, payload) of each block. Damaged at the first that is not whole."""
+    while True:
+        offset = file.tell()
+        header = read_header(file)
+        if header is None:
+            return
+        yield offset, header, read_payload(file, header)

@@ -1,0 +1,280 @@
+"""The command `tiercache replay`: a trace or a text, through policies, the tiers of a config, or a live store."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tiercache.config import StoreConfig, parse_bytes
+from tiercache.engram.families import FAMILIES, hashed
+from tiercache.errors import ConfigError, FormatError
+from tiercache.lab import synthetic
+from tiercache.lab.bounds import uses_of
+from tiercache.lab.curves import ONLINE
+from tiercache.lab.formats import FORMATS, load_recording, load_trace
+from tiercache.lab.replay import Replay, replay_live, replay_tiers
+from tiercache.lab.sweep import Done, sweep
+from tiercache.lab.tokens import TokenStream, load_tokens
+from tiercache.lab.trace import Trace, chunks, serving
+from tiercache.policies import DEFAULT
+from tiercache.recording.blocks import MAGIC, RecordedTable
+from tiercache.recording.reader import Recording
+from tiercache.storage import open_table
+from tiercache.store import Store
+
+_RECORD_BYTES = 264
+_NUM_ROWS = 8_134_407
+_MADE_UP = {"zipf": synthetic.zipf, "shifting": synthetic.shifting, "scanning": synthetic.scanning}
+_BATCHES, _SIZE, _TOKENS = 2000, 1000, 200_000
+"""Of what is made up."""
+
+
+class What(NamedTuple):
+    """What is replayed: a trace from a file, a made-up one, or a text; as the options of the command say."""
+
+    trace: Path | None
+    form: str | None
+    text: Path
+    synthetic: str | None
+    seed: int
+    family: str
+    vocabulary: int
+    limit: int | None
+    batch: int | None
+
+    @property
+    def recorded(self) -> bool:
+        """Whether it is a recording, which says of which tables it is."""
+        return self.trace is not None and _format_of(self.trace, self.form) == "recording"
+
+
+class Simulated(NamedTuple):
+    """The options of a simulation of single tiers."""
+
+    policy: list[str] | None
+    capacity: list[str] | None
+    record_bytes: int | None
+    num_rows: int | None
+    processes: int | None
+
+
+def run(
+    what: What, simulated: Simulated, config: Path | None, name: str | None, *, simulate: bool, console: Console
+) -> None:
+    """Replay, and print. ConfigError for options that do not go together, and the errors of loading and of the store."""
+    _require_sense(what, simulated, config, name, simulate=simulate)
+    if config is None:
+        _run_policies(what, simulated, console)
+    elif simulate:
+        _run_tiers(what, StoreConfig.load(config), name, console)
+    else:
+        _run_store(what, config, name, console)
+
+
+def _require_sense(what: What, simulated: Simulated, config: Path | None, name: str | None, *, simulate: bool) -> None:
+    if config is None:
+        _refuse({"--table": name}, "names a table of a store; it needs --config")
+        _refuse({"--simulate": simulate or None}, "is for the tiers of a store; it needs --config")
+    else:
+        names = ("--policy", "--capacity", "--record-bytes", "--rows", "--processes")
+        _refuse(dict(zip(names, simulated, strict=True)), "are for a simulation; with --config the store decides")
+    if what.trace is not None:
+        _refuse({"--synthetic": what.synthetic}, "makes up what --trace would be; allowed is one of the two")
+    else:
+        _refuse({"--format": what.form}, "is that of a trace; it needs --trace")
+    if what.recorded:
+        _refuse({"--table": name}, "is not for a recording, which knows its tables")
+    for option, value, allowed in (
+        ("--format", what.form, (*FORMATS, "tokens")),
+        ("--synthetic", what.synthetic, (*_MADE_UP, "text")),
+        ("--family", what.family, tuple(FAMILIES)),
+    ):
+        if value is not None and value not in allowed:
+            raise ConfigError(f"{option} {value!r}: allowed are {', '.join(allowed)}")
+
+
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    """ConfigError where one of these options was given."""
+    if given := [option for option, value in options.items() if value is not None and value != []]:
+        raise ConfigError(f"{', '.join(given)}: {why}")
+
+
+def _run_policies(what: What, simulated: Simulated, console: Console) -> None:
+    policies = simulated.policy or [DEFAULT]
+    for policy in policies:
+        if policy not in ONLINE:
+            raise ConfigError(f"policy {policy!r}: allowed are {', '.join(ONLINE)}")
+    tables = Recording(what.trace).tables if what.trace is not None and what.recorded else None
+    if tables:
+        _refuse({"--rows": simulated.num_rows}, "is not for a recording, which knows its tables")
+    record_bytes = simulated.record_bytes or (max(table.record_bytes for table in tables) if tables else _RECORD_BYTES)
+    sizes = [max(1, _bytes(size) // record_bytes) for size in simulated.capacity or ["64MiB"]]
+    wanted = _trace(what, simulated.num_rows or (None if what.family != "demo" else _NUM_ROWS), tables)
+    with _progress(f"Simulating {wanted.rows.size:,} rows", len(sizes) * (len(policies) + 1)) as done:
+        results = sweep(wanted, policies, sizes, record_bytes=record_bytes, processes=simulated.processes, done=done)
+    _print_replays(console, results)
+
+
+def _run_tiers(what: What, config: StoreConfig, name: str | None, console: Console) -> None:
+    tables = [
+        RecordedTable(each.name, table.num_rows, table.record.record_bytes, table.identity)
+        for each in config.tables
+        for table in (open_table(each.name, each.path, fields=each.fields, resident=each.resident),)
+    ]
+    if not tables:
+        if what.trace is None or not what.recorded:
+            raise ConfigError("table: is required, unless a recording says what the tables are")
+        tables = Recording(what.trace).tables
+    table, base = _table_of(what, tables, name)
+    wanted = _trace(what, table.num_rows, tables)
+    wanted = wanted._replace(rows=wanted.rows + base) if base else wanted
+    with _progress(f"Planning {wanted.rows.size:,} rows", wanted.num_batches) as done:
+        result = replay_tiers(config, tables, wanted, uses_of(wanted), on_batch=done)
+    _print_tiers(console, result)
+
+
+def _run_store(what: What, config: Path, name: str | None, console: Console) -> None:
+    with Store.open(config) as store:
+        tables = store.recorded_tables()
+        table, _ = _table_of(what, tables, name)
+        wanted = _trace(what, table.num_rows, tables)
+        with Console(stderr=True).status(f"Fetching {wanted.rows.size:,} rows"):
+            result = replay_live(store, wanted, uses_of(wanted), table=None if what.recorded else table.name)
+    _print_tiers(console, result)
+    p50, p99 = np.percentile(result.latency_ns, (50, 99)) / 1e6
+    console.print(f"{wanted.num_batches:,} fetches: p50 {p50:.3f} ms, p99 {p99:.3f} ms")
+
+
+def _table_of(what: What, tables: list[RecordedTable], name: str | None) -> tuple[RecordedTable, int]:
+    """The table that rows are of, and the row of the store that it begins with. Of a recording's, any."""
+    by_name = {table.name: table for table in tables}
+    if name is None and len(tables) > 1 and not what.recorded:
+        raise ConfigError(f"--table: is required, as there are several; allowed are {', '.join(by_name)}")
+    if name is not None and name not in by_name:
+        raise ConfigError(f"--table {name!r}: allowed are {', '.join(by_name)}")
+    table = tables[0] if name is None else by_name[name]
+    return table, sum(each.num_rows for each in tables[: tables.index(table)])
+
+
+def _format_of(path: Path, form: str | None) -> str | None:
+    if form is not None:
+        return form
+    if path.suffix == ".npz":
+        return "tokens"
+    try:
+        with path.open("rb") as file:
+            return "recording" if file.read(len(MAGIC)) == MAGIC else None
+    except OSError:
+        return None  # whoever loads it says what is wrong
+
+
+def _trace(what: What, num_rows: int | None, tables: list[RecordedTable] | None) -> Trace:
+    """The batches. num_rows: of the table that a text is hashed for. tables: of the store that a recording is for."""
+    if what.trace is not None and _format_of(what.trace, what.form) != "tokens":
+        if what.recorded:
+            trace = load_recording(what.trace, tables)
+        else:
+            trace = load_trace(what.trace, what.form)
+            _require_rows(what.trace, trace, num_rows if tables else None)
+        if what.limit is not None:
+            offsets = trace.offsets[: what.limit + 1]
+            trace = Trace(trace.rows[: offsets[-1]], offsets)
+        if not trace.rows.size:
+            raise FormatError(f"{what.trace}: holds no rows to replay")
+        return trace
+    try:
+        if what.synthetic is not None and what.synthetic != "text":
+            batches = _BATCHES if what.limit is None else what.limit
+            make = _MADE_UP[what.synthetic]
+            return make(num_rows or _NUM_ROWS, batches=batches, size=what.batch or _SIZE, seed=what.seed)
+        stream = _stream(what)
+        stream = stream if what.limit is None else stream.first(what.limit)
+        rows = hashed(what.family, stream.tokens, stream.documents, vocabulary=what.vocabulary, num_rows=num_rows)
+    except ValueError as error:
+        raise error if isinstance(error, FormatError) else ConfigError(str(error)) from None
+    if not rows.size:
+        raise FormatError(f"{what.trace or what.text}: holds no tokens to replay")
+    return serving(rows, stream.documents) if what.batch is None else chunks(rows, what.batch)
+
+
+def _stream(what: What) -> TokenStream:
+    if what.synthetic is None:
+        return load_tokens(what.text if what.trace is None else what.trace)
+    num_tokens = _TOKENS if what.limit is None else what.limit
+    return synthetic.markov_text(num_tokens, vocabulary=what.vocabulary, seed=what.seed)
+
+
+def _require_rows(path: Path, trace: Trace, num_rows: int | None) -> None:
+    """FormatError for a trace of rows that the table has not."""
+    if num_rows is not None and trace.rows.size and (most := int(trace.rows.max())) >= num_rows:
+        raise FormatError(f"{path}: has row {most}; the table has rows 0 to {num_rows - 1}")
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(int(text) if text.isdigit() else text)
+    except ValueError as error:
+        raise ConfigError(f"capacity {text!r}: {error}") from None
+
+
+@contextmanager
+def _progress(text: str, total: int) -> Iterator[Done]:
+    """A bar on stderr; none where that is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    terminal = Console(stderr=True)
+    with Progress(*columns, console=terminal, disable=not terminal.is_terminal, transient=True) as progress:
+        task = progress.add_task(text, total=total)
+        yield lambda: progress.advance(task)
+
+
+def _new_table(first: str, accesses: int) -> Table:
+    columns = (first, "MiB", "hits", "static", "Belady", "unbounded", "misses", "reads", "MiB read", "amplification")
+    title = f"Share of {accesses:,} accesses, each a distinct row of a batch"
+    table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _cells(result: Replay, slots: int) -> tuple[str, ...]:
+    limits = result.bounds
+    shares = (result.hits, limits.static, limits.belady, limits.unbounded)
+    return (
+        f"{slots * result.slot_bytes / 2**20:,.1f}",
+        *(f"{100 * each / max(limits.accesses, 1):.2f}%" for each in shares),
+        f"{result.counts.misses:,}",
+        f"{result.reads:,}",
+        f"{result.bytes_read / 2**20:,.0f}",
+        f"{result.amplification:.2f} x" if result.amplification else "",
+    )
+
+
+def _print_replays(console: Console, results: list[Replay]) -> None:
+    """Policies, each of one tier."""
+    table = _new_table("policy", results[0].bounds.accesses)
+    for result in results:
+        table.add_row(result.tier, *_cells(result, result.capacity))
+    console.print(table)
+
+
+def _print_tiers(console: Console, result: Replay) -> None:
+    """The tiers of a store, and both together where there are two: each tier's hits are a share of all accesses."""
+    if result.device is None:
+        _print_replays(console, [result])
+        return
+    table, above = _new_table("tier", result.bounds.accesses), result.device
+    for tier, policy, slots, counts in (
+        ("device", above.policy, above.capacity, above.counts),
+        ("host", result.tier, result.capacity, result.counts),
+    ):
+        size = f"{slots * result.slot_bytes / 2**20:,.1f}"
+        share = f"{100 * counts.hits / max(result.bounds.accesses, 1):.2f}%"
+        table.add_row(f"{tier}, {policy}", size, share, "", "", "", f"{counts.misses:,}")
+    table.add_row("both", *_cells(result, above.capacity + result.capacity))
+    console.print(table)
