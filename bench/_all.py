@@ -4,13 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = "cold hot small mixed memory restart startup policies curves hashing record tiers kernels".split()
+_WITH_TABLE = ("cold", "small", "mixed", "memory", "restart", "startup")
 _WITHOUT_TABLE = ("hot", "policies", "curves", "hashing", "record", "tiers", "kernels")
 
 
 def main() -> None:
     """Run them, and fail with the first that fails."""
-    for name in NAMES:
+    for name in _WITH_TABLE + _WITHOUT_TABLE:
         script = Path(__file__).with_name(f"{name}.py")
         passed_on = [] if name in _WITHOUT_TABLE else sys.argv[1:]
         subprocess.run([sys.executable, str(script), "--readme", *passed_on], check=True)
