@@ -98,6 +98,33 @@ def test_no_more_than_eight_prefetches_wait(embedding, store):
     assert torch.equal(embedding(some_rows((3,), 19)), WEIGHT[some_rows((3,), 19)])
 
 
+def test_prefetches_that_are_dropped_hold_nothing(embedding, store):
+    tickets = [embedding.prefetch(some_rows((3,), seed)) for seed in range(3)]
+    embedding.drop()
+    embedding.drop()
+    assert not any(ticket.open for ticket in tickets)
+    assert settled_flights(store) == 0
+    assert torch.equal(embedding(some_rows((3,), 0)), WEIGHT[some_rows((3,), 0)])
+
+
+def test_the_rows_begun_are_those_that_the_prefetch_is_known_by(embedding, store, monkeypatch):
+    begin, indices = store.prefetch, some_rows((3,))
+
+    def changed(given, **more):
+        indices.fill_(0)  # as another thread may do
+        return begin(given, **more)
+
+    monkeypatch.setattr(store, "prefetch", changed)
+    wanted = indices.clone()
+    embedding.prefetch(indices)
+    assert torch.equal(embedding(wanted), WEIGHT[wanted])
+    assert torch.equal(embedding(indices), WEIGHT[indices])
+    for wrong in ([1, 2], np.array([1, 2])):
+        with pytest.raises(TypeError, match=rf"indices are a {type(wrong).__name__}; allowed is a torch\.Tensor"):
+            embedding.prefetch(wrong)
+    assert settled_flights(store) == 0
+
+
 def test_indices_of_another_dtype_or_shape_are_other_indices(embedding):
     for shape, dtype in (((4,), torch.int32), ((2, 2), torch.int64), ((4, 1), torch.uint8), ((4,), torch.int64)):
         embedding.prefetch(torch.tensor([1, 2, 3, 4]))

@@ -60,11 +60,22 @@ class TieredEmbedding(nn.Module):
         """Begin to read the rows of a `forward` to come, which finds them by its indices: it takes rows of no others.
 
         At most 8 prefetches wait for their forward; the oldest of more is dropped, and its rows arrive in the tier. The
-        ticket is for the caller who wants to `cancel` it, or to take the rows past the module.
+        ticket is for the caller who wants to `cancel` it, or to take the rows past the module. `drop` gives up those whose
+        forward is not going to come; forwards that are compiled take none, and leave them waiting.
+
+        indices: a tensor, which may be changed afterwards.
         """
+        if not isinstance(indices, torch.Tensor):
+            raise TypeError(f"indices are a {type(indices).__name__}; allowed is a torch.Tensor")
+        indices = indices.clone()
         ticket = self.store.prefetch(indices, deadline=deadline, table=self.table)
-        self._pending.append(_Prefetch(indices.clone(), ticket))
+        self._pending.append(_Prefetch(indices, ticket))
         return ticket
+
+    def drop(self) -> None:
+        """Cancel every prefetch that waits for its forward: what has not been read yet is not read."""
+        while self._pending:
+            self._pending.popleft().ticket.cancel()
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """The rows, without a gradient. In a graph that is traced the fetch is `as_operator`'s, which finds prefetched rows

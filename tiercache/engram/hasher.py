@@ -37,6 +37,11 @@ class Hasher(ABC):
     def context(self) -> int:
         """Look-back: tokens before the current one that matter."""
 
+    @property
+    @abstractmethod
+    def offsets(self) -> Ids:
+        """int64[num_heads], first row of each head in the table."""
+
     @abstractmethod
     def runs(self, tokens: Ids, lengths: Ids, previous: Ids, out: Ids) -> None:
         """Write the rows of several sequences' next tokens. The arguments are not checked, only the ids are.
