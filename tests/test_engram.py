@@ -388,9 +388,20 @@ def test_a_state_of_another_layer_is_named():
                     call(ids, state)
     with pytest.raises(TypeError, match="state is a int; allowed are what new_state makes"):
         demo(hidden, tokens, 3)
+    with pytest.raises(TypeError, match=r"convolution of torch\.float32; this layer's parameters are torch\.bfloat16"):
+        make(branches=2).bfloat16()(hidden.bfloat16(), tokens, demo.new_state(2))
     for sizes, message in (({"dilation": 0}, "dilation = 0: allowed is 1"), ({"kernel": 0}, "kernel = 0: allowed is 1")):
         with pytest.raises(ValueError, match=message):
             make(**sizes)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch's, of norms
+def test_autocast_may_mix_dtypes():
+    module = make(branches=2)
+    hidden, tokens = case(2, 4, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(hidden.bfloat16(), tokens, module.new_state(2))
+    torch.testing.assert_close(found.float(), module(hidden, tokens), rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

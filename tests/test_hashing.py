@@ -241,7 +241,7 @@ def test_a_map_is_given_as_it_is_or_by_its_ids() -> None:
 
 def test_an_id_too_large_for_deepseek_is_named_with_what_is_allowed() -> None:
     (hasher,) = deepseek_hashers((1,), compression=None, compressed_vocab_size=50)
-    with pytest.raises(ValueError, match=r"token id 50 is outside 0\.\.49, and not negative"):
+    with pytest.raises(ValueError, match=r"token id 50 is outside 0\.\.49 \(negative: a position without a token\)"):
         hasher.rows([50])
 
 
@@ -326,6 +326,8 @@ def test_wrong_arguments_are_refused() -> None:
         hasher.rows([1, 2], [3])
     with pytest.raises(ValueError, match=r"documents: -1 at position 1: allowed is 0\.\.2"):
         hasher.rows([1, 2], [2, -1, 1])
+    with pytest.raises(ValueError, match=r"documents: -1 at position 1: allowed is 0\.\.2"):
+        hasher.rows([1, 2], [3, -1])
     with pytest.raises(ValueError, match=f"documents: {2**62} at position 0"):
         hasher.rows([1], [2**62, 2**62, 2**62, 2**62 + 1])
     for name, dtype, value in (("tokens", np.uint64, 2**64 - 1), ("previous", np.uint64, 2**63 + 5)):

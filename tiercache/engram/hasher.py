@@ -129,7 +129,8 @@ def check_counts(name: str, counts: Ids, total: int) -> None:
     """Raise ValueError for counts that do not sum to `total`. Each is compared first, so that no sum can wrap."""
     wrong = np.flatnonzero((counts < 0) | (counts > total))
     if wrong.size:
-        raise ValueError(f"{name}: {counts[wrong[0]]} at position {wrong[0]}: allowed is 0..{total}")
+        at = wrong[counts[wrong].argmin()]
+        raise ValueError(f"{name}: {counts[at]} at position {at}: allowed is 0..{total}")
     if counts.sum() != total:
         raise ValueError(f"{name} of {counts.sum()} tokens for {total} tokens")
 
@@ -159,7 +160,7 @@ def raise_outside(bad: int, tokens: Ids, previous: Ids, low: int, num_ids: int) 
 
 def _outside(name: str, token: int, low: int, num_ids: int) -> ValueError:
     if low == ANY_NEGATIVE:
-        return ValueError(f"{name}: token id {token} is outside 0..{num_ids - 1}, and not negative, without a token")
+        return ValueError(f"{name}: token id {token} is outside 0..{num_ids - 1} (negative: a position without a token)")
     return ValueError(f"{name}: token id {token} is outside {low}..{num_ids - 1}")
 
 

@@ -81,11 +81,23 @@ def move_on(state: EngramState | None, tokens: torch.Tensor | None) -> None:
         state.tokens.copy_(tokens)
 
 
-def check_state(state: EngramState | None, ids: torch.Tensor, context: int, conv: tuple[int, int] | None) -> None:
+def check_hidden(hidden: torch.Tensor, dtype: torch.dtype) -> None:
+    """TypeError for hidden states that parameters of `dtype` do not compute with. Under autocast they do."""
+    if not _holds(dtype, hidden):
+        raise TypeError(f"hidden is {hidden.dtype}; this layer's parameters are {dtype}")
+
+
+def _holds(dtype: torch.dtype, tensor: torch.Tensor) -> bool:
+    return torch.promote_types(tensor.dtype, dtype) == dtype or torch.is_autocast_enabled(tensor.device.type)
+
+
+def check_state(
+    state: EngramState | None, ids: torch.Tensor, context: int, dtype: torch.dtype, conv: tuple[int, int] | None
+) -> None:
     """Raise where a state is not one of this layer and of these texts, or is asked to go through a text for a second time.
 
-    context: the hasher's. conv: (channels, span) of the layer's convolution. TypeError, ValueError, and RuntimeError inside of
-    a backward pass.
+    context: the hasher's. dtype: of the layer's parameters. conv: (channels, span) of its convolution. TypeError, ValueError,
+    and RuntimeError inside of a backward pass.
     """
     if state is None:
         return
@@ -99,6 +111,8 @@ def check_state(state: EngramState | None, ids: torch.Tensor, context: int, conv
     found, wanted = None if state.conv is None else tuple(state.conv.shape), None if conv is None else (batch, *conv)
     if found != wanted:
         raise ValueError(f"state has a convolution of shape {found}; this layer's is {wanted}: the state is another layer's")
+    if state.conv is not None and not _holds(dtype, state.conv):
+        raise TypeError(f"state has a convolution of {state.conv.dtype}; this layer's parameters are {dtype}")
     # The graph task is -1 outside of a backward pass.
     if (ids.ndim == 2 or conv is not None) and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0:
         raise RuntimeError("a layer with a state was called in a backward pass: gradient checkpointing needs state = None")

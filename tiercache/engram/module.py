@@ -46,7 +46,7 @@ from torch import nn
 from tiercache.engram.conv import ShortConv
 from tiercache.engram.embedding import TieredEmbedding
 from tiercache.engram.hasher import Hasher, Ids
-from tiercache.engram.lookup import EngramState, begun, check_state, check_table, embed, look_up, move_on, rows_of
+from tiercache.engram.lookup import EngramState, begun, check_hidden, check_state, check_table, embed, look_up, move_on, rows_of
 
 
 class MultiHeadEmbedding(nn.Module):
@@ -114,7 +114,7 @@ class Engram(nn.Module):
         ids: token ids int64[B, T], or such rows. state: its tokens move on; None: the ids begin their texts. deadline: as in
         `Store.prefetch`.
         """
-        check_state(state, ids, self.hasher.context, self._conv)
+        check_state(state, ids, self.hasher.context, self.value_proj.weight.dtype, self._conv)
         return look_up(self.hasher, self.table, ids, state, deadline)
 
     def drop(self) -> None:
@@ -150,10 +150,8 @@ class Engram(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `rows_of`, after all that can be checked."""
         _check(hidden, ids, self.branches, self.hidden)
-        wanted = self.value_proj.weight.dtype
-        if torch.promote_types(hidden.dtype, wanted) != wanted and not torch.is_autocast_enabled(hidden.device.type):
-            raise TypeError(f"hidden is {hidden.dtype}; this layer's parameters are {wanted}")
-        check_state(state, ids, self.hasher.context, self._conv)
+        check_hidden(hidden, self.value_proj.weight.dtype)
+        check_state(state, ids, self.hasher.context, self.value_proj.weight.dtype, self._conv)
         return rows_of(self.hasher, ids, state)
 
     def _gates(self, hidden: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
@@ -191,7 +189,7 @@ class FusedEngram(nn.Module):
 
     def prefetch(self, ids: torch.Tensor, state: EngramState | None = None, *, deadline: float | None = None) -> torch.Tensor:
         """As `Engram.prefetch`."""
-        check_state(state, ids, self.hasher.context, None)
+        check_state(state, ids, self.hasher.context, self.wkv.weight.dtype, None)
         return look_up(self.hasher, self.embed, ids, state, deadline)
 
     def drop(self) -> None:
@@ -201,7 +199,7 @@ class FusedEngram(nn.Module):
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, state: EngramState | None = None) -> torch.Tensor:
         """What is added to hidden, float32 of the same shape. ids: as `prefetch` returns them, or as it takes them."""
         _check(hidden, ids, self.branches, self.hidden)
-        check_state(state, ids, self.hasher.context, None)
+        check_state(state, ids, self.hasher.context, self.wkv.weight.dtype, None)
         rows, tokens = rows_of(self.hasher, ids, state)
         fused = self.wkv(embed(self.embed, rows, self.wkv.weight.dtype)).float()
         keys, value = fused.unflatten(2, (self.branches + 1, self.hidden)).split((self.branches, 1), 2)
