@@ -14,6 +14,7 @@ from tiercache.engram.demo import demo_hashers
 from tiercache.engram.embedding import TieredEmbedding
 from tiercache.engram.lookup import EngramState
 from tiercache.engram.module import Engram, FusedEngram, gate
+from tiercache.engram.state import NgramState
 from tiercache.errors import StorageError
 from tiercache.store import Store
 from tiercache.testing import broken
@@ -211,6 +212,32 @@ def test_a_clone_of_a_state_comes_back_to_its_place():
     again = module(hidden[:, 4:], tokens[:, 4:], saved)
     torch.testing.assert_close(again, module(hidden, tokens)[:, 4:], rtol=1e-5, atol=1e-6)
     assert not torch.equal(draft, again)
+
+
+def test_sequences_that_come_and_go_keep_their_places_in_slots():
+    (hasher,) = demo_hashers((1,), vocabulary=VOCABULARY, table_vocabularies=(11, 11), heads=2)
+    module = Engram(hasher, torch.nn.Embedding(hasher.num_rows, DIM), HIDDEN, branches=2)
+    torch.nn.init.normal_(module.short_conv.conv.weight)
+    hidden, tokens = case(3, 12, 2)
+    whole, histories, slots_state = module(hidden, tokens), NgramState([hasher], 2), module.new_state(2)
+    done, in_slot = [0, 0, 0], {0: 0, 1: 1}  # the third text takes the slot of the first
+    generator = np.random.default_rng(0)
+    while min(done) < 12:
+        if done[0] == 12 and in_slot[0] == 0:
+            in_slot[0] = 2
+            histories.reset([0])
+            slots_state.conv[0] = 0
+        slots = [slot for slot, text in in_slot.items() if done[text] < 12 and generator.random() < 0.7]
+        texts = [in_slot[slot] for slot in slots]
+        now = [(text, done[text]) for text in texts]
+        (rows,) = histories.append(slots, [int(tokens[place]) for place in now])
+        step = EngramState(slots_state.tokens[slots], slots_state.conv[slots])
+        seen = torch.stack([hidden[place] for place in now])[:, None] if now else hidden[:0, :1]
+        found = module(seen, torch.from_numpy(rows)[:, None], step)
+        slots_state.conv[slots] = step.conv
+        for (text, at), each in zip(now, found, strict=True):
+            torch.testing.assert_close(each[0], whole[text, at], rtol=1e-5, atol=1e-6)
+            done[text] += 1
 
 
 @pytest.mark.parametrize("kind", [Engram, FusedEngram])
