@@ -9,46 +9,41 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tiercache import Store, Ticket
+from tiercache.engram.embedding import TieredEmbedding
 
 
-class StoredEmbedding(torch.nn.Module):
-    """`torch.nn.Embedding` for a table that no memory holds. Call `prefetch` as soon as the indices are known."""
+class Model(torch.nn.Module):
+    """Two layers, the second of which reads rows by token. embed: an `nn.Embedding`, or a `TieredEmbedding` in its place."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, embed: torch.nn.Module) -> None:
         super().__init__()
-        self.store = store
-        self.pending: tuple[torch.Tensor, Ticket] | None = None
+        self.first = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+        self.embed = embed
 
-    def prefetch(self, indices: torch.Tensor) -> None:
-        """Begin to read the rows of the next `forward`."""
-        self.pending = indices.clone(), self.store.prefetch(indices)
-
-    def forward(self, indices: torch.Tensor) -> torch.Tensor:
-        """Rows: [*indices.shape, dim], of these indices, whatever was prefetched."""
-        pending, self.pending = self.pending, None
-        if pending is not None:
-            prefetched, ticket = pending
-            if torch.equal(prefetched, indices):
-                return ticket.take()
-            ticket.cancel()
-        return self.store.fetch(indices)
+    def forward(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """hidden: bfloat16[B, T, 64]; tokens: int64[B, T]."""
+        if isinstance(self.embed, TieredEmbedding):
+            self.embed.prefetch(tokens)  # as soon as the indices are known
+        hidden = self.first(hidden)
+        rows: torch.Tensor = self.embed(tokens)
+        return hidden + rows
 
 
 def main(directory: Path) -> torch.Tensor:
-    """Look rows of a checkpoint up through a tier of a tenth of its size; bfloat16[2, 3, 64], as nn.Embedding has them."""
-    weight = torch.randn(10_000, 64).to(torch.bfloat16)
-    save_file({"embed.weight": weight}, directory / "model.safetensors")
-    config = {"table": [{"path": directory / "model.safetensors"}], "host": {"capacity": "128KB"}}
-    with Store.open(config) as store:
-        embedding = StoredEmbedding(store)
-        indices = torch.tensor([[1, 2, 3], [9_999, 2, 1]])
-        embedding.prefetch(indices)
-        # ... the layers before this one compute ...
-        rows: torch.Tensor = embedding(indices)
-        assert torch.equal(rows, torch.nn.functional.embedding(indices, weight))
-        print(f"{store.stats().host.misses} rows read from disk")
-        return rows
+    """Run a model with its table in memory, and through a tier of a tenth of its size; bfloat16[2, 3, 64], the same bits."""
+    resident = Model(torch.nn.Embedding(10_000, 64, dtype=torch.bfloat16))
+    save_file(resident.state_dict(), directory / "model.safetensors")
+    table = {"path": directory / "model.safetensors", "fields": ["embed.weight"]}
+    embedding = TieredEmbedding.open({"table": [table], "host": {"capacity": "128KB"}})
+    with embedding.store as store, torch.inference_mode():
+        model = Model(embedding)
+        model.load_state_dict(resident.state_dict())  # all but the table, which is compared with the store's
+        hidden, tokens = torch.randn(2, 3, 64).bfloat16(), torch.tensor([[1, 2, 3], [9_999, 2, 1]])
+        before = store.stats().host.misses
+        result: torch.Tensor = model(hidden, tokens)
+        assert torch.equal(result, resident(hidden, tokens))
+        print(f"{store.stats().host.misses - before} rows read from disk")
+        return result
 
 
 if __name__ == "__main__":

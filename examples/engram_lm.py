@@ -2,6 +2,7 @@
 
     python examples/engram_lm.py                 # one seed, a few minutes on two cores
     python examples/engram_lm.py --seeds 3       # the committed table
+    python examples/engram_lm.py --quick         # half a minute: everything runs, the figures say little
 
 The baseline is the paper's: the parameters that the Engram has in its table are experts, so that both models have the same
 parameters and the same multiply-adds a token, which are counted and printed. Both read the same ids, in the same order: the
@@ -20,7 +21,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -39,6 +40,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 FORMS: dict[str, Callable[[Sizes], LanguageModel]] = {"baseline": baseline, "engram": with_engram}
+
+
+QUICK: dict[str, Any] = {
+    "schedule": Schedule(steps=24, looks=4, windows=16),
+    "traffic": Traffic(sequences=48, prompt=16, steps=8, rounds=1),
+}
 
 
 def main(
@@ -232,11 +239,17 @@ def _rates(kinds: dict[str, dict[str, float]]) -> tuple[str, list[str], list[lis
     return "Serving, medians of steps that alternate", ["", *kinds], rows
 
 
-if __name__ == "__main__":
+def options(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Of the command line, as `main` takes them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("engram_lm"), help="a folder for the results (%(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="models that train at once (%(default)s)")
     parser.add_argument("--serve-only", action="store_true", help="serve the model that --out holds")
-    chosen = parser.parse_args()
-    main(chosen.out, seeds=chosen.seeds, jobs=chosen.jobs, serve_only=chosen.serve_only)
+    parser.add_argument("--quick", action="store_true", help="few steps of training and of serving")
+    chosen = vars(parser.parse_args(arguments))
+    return chosen | QUICK if chosen.pop("quick") else chosen
+
+
+if __name__ == "__main__":
+    main(**options())

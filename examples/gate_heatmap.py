@@ -27,10 +27,20 @@ def main(
 ) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
     """Draw `length` tokens of a held-out document to out/gates.png; the values of each panel, [length].
 
-    decode: a token id of the shipped text to its letters.
+    decode: a token id of the shipped text to its letters. FileNotFoundError where `out` has no model, ValueError for tokens
+    that the text does not have.
     """
-    model = load_model(out / "model.safetensors").eval()
+    path = out / "model.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: `engram_lm.py --out {out}` writes it")
+    model = load_model(path).eval()
     text = load_text(model.sizes.vocabulary)
+    if not 0 <= document < len(text.held_out):
+        raise ValueError(f"document = {document}: allowed is 0..{len(text.held_out) - 1}")
+    if not 0 <= start < len(text.held_out[document]):
+        raise ValueError(f"start = {start}: document {document} has the tokens 0..{len(text.held_out[document]) - 1}")
+    if length < 1:
+        raise ValueError(f"length = {length}: allowed is 1 and more")
     tokens = torch.from_numpy(text.held_out[document][start : start + length])
     panels = {}
 
@@ -65,11 +75,8 @@ if __name__ == "__main__":
     parser.add_argument("--start", type=int, default=0, help="its first token (%(default)s)")
     parser.add_argument("--length", type=int, default=160, help="tokens (%(default)s)")
     chosen = parser.parse_args()
-    main(
-        chosen.out,
-        letters_of,
-        document=chosen.document,
-        start=chosen.start,
-        length=chosen.length,
-    )
+    try:
+        main(chosen.out, letters_of, document=chosen.document, start=chosen.start, length=chosen.length)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
     print(chosen.out / "gates.png")

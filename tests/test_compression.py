@@ -144,6 +144,34 @@ def test_other_arrays_are_refused(made: Compression, tmp_path: Path, arrays: dic
         Compression.load(tmp_path / "map.npz", made.identity)
 
 
+def test_a_map_is_a_copy_that_nobody_changes() -> None:
+    given = np.arange(4, dtype=np.int32)
+    made = Compression(given, "ab" * 32)
+    given[1] = 3
+    assert made.ids.tolist() == [0, 1, 2, 3]
+    assert made.ids.dtype == np.int64
+    with pytest.raises(ValueError, match="read-only"):
+        made.ids[1] = 3
+    with pytest.raises(ValueError, match=r"ids of shape \(2, 2\)"):
+        Compression(np.zeros((2, 2), np.int64), "ab" * 32)
+    with pytest.raises(TypeError, match="ids: expected integers, got float64"):
+        Compression(np.arange(3.0), "ab" * 32)
+
+
+def test_what_is_no_tokenizer_and_no_identity_is_refused(made: Compression, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    for content in (b"{}", b"", b"\xff"):
+        path.write_bytes(content)
+        with pytest.raises(FormatError, match=r"tokenizer\.json: is no tokenizer\.json"):
+            Compression.of(path)
+        with pytest.raises(FormatError, match=r"tokenizer: is no tokenizer\.json"):
+            Compression.of(content)
+    made.save(tmp_path / "map.npz")
+    for wrong in (None, made.identity._asdict(), made.identity[:3]):
+        with pytest.raises(TypeError, match=r"expected = .*: allowed is an Identity of map_sha256"):
+            Compression.load(tmp_path / "map.npz", wrong)  # type: ignore[arg-type]
+
+
 def test_an_array_alone_is_refused(made: Compression, tmp_path: Path) -> None:
     with (tmp_path / "map.npz").open("wb") as file:
         np.save(file, made.ids)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from stores import ENGRAM, write_engram
 
 from tiercache.engram.embedding import TieredEmbedding
@@ -96,6 +96,33 @@ def test_no_more_than_eight_prefetches_wait(embedding, store):
         embedding.prefetch(some_rows((3,), seed))
     assert settled_flights(store) == 8
     assert torch.equal(embedding(some_rows((3,), 19)), WEIGHT[some_rows((3,), 19)])
+
+
+def test_prefetches_that_are_dropped_hold_nothing(embedding, store):
+    tickets = [embedding.prefetch(some_rows((3,), seed)) for seed in range(3)]
+    embedding.drop()
+    embedding.drop()
+    assert not any(ticket.open for ticket in tickets)
+    assert settled_flights(store) == 0
+    assert torch.equal(embedding(some_rows((3,), 0)), WEIGHT[some_rows((3,), 0)])
+
+
+def test_the_rows_begun_are_those_that_the_prefetch_is_known_by(embedding, store, monkeypatch):
+    begin, indices = store.prefetch, some_rows((3,))
+
+    def changed(given, **more):
+        indices.fill_(0)  # as another thread may do
+        return begin(given, **more)
+
+    monkeypatch.setattr(store, "prefetch", changed)
+    wanted = indices.clone()
+    embedding.prefetch(indices)
+    assert torch.equal(embedding(wanted), WEIGHT[wanted])
+    assert torch.equal(embedding(indices), WEIGHT[indices])
+    for wrong in ([1, 2], np.array([1, 2])):
+        with pytest.raises(TypeError, match=rf"indices are a {type(wrong).__name__}; allowed is a torch\.Tensor"):
+            embedding.prefetch(wrong)
+    assert settled_flights(store) == 0
 
 
 def test_indices_of_another_dtype_or_shape_are_other_indices(embedding):
@@ -205,6 +232,19 @@ def test_a_checkpoint_with_another_table_is_refused(embedding, weight, message, 
         torch.nn.Sequential(embedding).load_state_dict({"0.weight": weight}, strict=strict)
 
 
+def test_a_checkpoint_of_another_floating_dtype_is_compared_after_the_cast():
+    rounded = WEIGHT.bfloat16()
+    with Store.open({}, tables={"embed": rounded}) as store, Store.open({}, tables={"embed": WEIGHT}) as precise:
+        for opened, fits in ((store, WEIGHT), (store, rounded.double()), (precise, rounded), (precise, WEIGHT.double())):
+            embedding = TieredEmbedding(opened)
+            embedding.load_state_dict({"weight": fits})
+            for other in (torch.zeros_like(fits), torch.cat([fits[:-1], fits[-1:] * 1.02])):
+                with pytest.raises(RuntimeError, match=r"weight: row \d+ differs"):
+                    embedding.load_state_dict({"weight": other})
+        with pytest.warns(RuntimeWarning, match=r"weight is torch\.int64: its rows were not compared"):
+            embedding.load_state_dict({"weight": torch.zeros(50, 4, dtype=torch.int64)})
+
+
 def test_tensors_that_are_no_part_of_the_table_are_unexpected(embedding):
     with pytest.raises(RuntimeError, match=r"Unexpected key.*scale"):
         embedding.load_state_dict({"weight": WEIGHT, "scale": torch.ones(50, 1)})
@@ -216,9 +256,28 @@ def test_a_table_of_fp8_values_and_scales_loads_by_the_names_of_its_fields(tmp_p
     path = write_engram(tmp_path / "model.safetensors", records)
     config = {"table": [{"path": path, "fields": ["weight", "scale"]}]}
     embedding = TieredEmbedding.open(config)
-    weight, scale = torch.empty(9, 256, dtype=torch.float8_e4m3fn), torch.empty(9, 8, dtype=torch.float8_e8m0fnu)
+    weight, scale = load_file(path)["weight"], load_file(path)["scale"]
     embedding.load_state_dict({"weight": weight, "scale": scale})
-    embedding.load_state_dict({"weight": torch.empty(9, 256, device="meta")})
+    decoded = ENGRAM.decode(torch.from_numpy(records), torch.float32)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        embedding.load_state_dict({"weight": decoded.to(dtype)})
+    embedding.load_state_dict({"weight": decoded.bfloat16().float(), "scale": scale.float()})
+    with pytest.warns(RuntimeWarning, match="weight is on meta: its rows were not compared with the store's table 'table'"):
+        embedding.load_state_dict({"weight": torch.empty(9, 256, device="meta")})
+    with pytest.warns(RuntimeWarning, match=r"scale is torch\.uint8: its rows were not compared"):
+        embedding.load_state_dict({"scale": scale.view(torch.uint8)})
+    for row in (0, 8):
+        other = weight.view(torch.uint8).clone()
+        other[row, 255] ^= 1
+        with pytest.raises(RuntimeError, match=f"weight: row {row} differs"):
+            embedding.load_state_dict({"weight": other.view(torch.float8_e4m3fn), "scale": scale})
+        other = scale.view(torch.uint8).clone()
+        other[row, 7] ^= 1
+        for wrong in (other.view(torch.float8_e8m0fnu), other.view(torch.float8_e8m0fnu).float()):
+            with pytest.raises(RuntimeError, match=f"scale: row {row} differs"):
+                embedding.load_state_dict({"weight": weight, "scale": wrong})
+    with pytest.raises(RuntimeError, match="weight: row 0 differs"):
+        embedding.load_state_dict({"weight": torch.zeros(9, 256)})
     with pytest.raises(RuntimeError, match=r"scale has shape \(9, 4\); the store's table 'table' has \(9, 8\)"):
         embedding.load_state_dict({"weight": weight, "scale": scale[:, :4]})
     embedding.store.close()

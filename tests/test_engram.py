@@ -1,16 +1,23 @@
 """The Engram layers against loops in numpy; whole texts and texts in pieces; resident tables and tables in tiers; gradients."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 from tiercache.engram.demo import demo_hashers
 from tiercache.engram.embedding import TieredEmbedding
 from tiercache.engram.lookup import EngramState
 from tiercache.engram.module import Engram, FusedEngram, gate
+from tiercache.engram.state import NgramState
+from tiercache.errors import StorageError
 from tiercache.store import Store
+from tiercache.testing import broken
 
 HIDDEN, DIM, VOCABULARY = 6, 5, 40
 
@@ -19,6 +26,7 @@ class Formula:
     """A hasher of two orders and two heads whose rows are easy to compute by hand."""
 
     context, num_heads, num_rows = 2, 4, 4 * 11
+    offsets = np.arange(0, 44, 11)
 
     def row(self, window, head):
         order = 2 + head // 2
@@ -148,6 +156,9 @@ def test_a_checkpoint_of_the_demo_loads_strictly_with_its_offsets():
     assert torch.equal(module.value_proj.weight, checkpoint["value_proj.weight"])
     with pytest.raises(RuntimeError, match=r"Unexpected key.*offset"):
         module.load_state_dict(checkpoint | {"multi_head_embedding.offset": torch.zeros(1)})
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"offsets = \[0, 7, 14, 21\]: this layer's hasher has \[0, 11, 22, 33\]"):
+            module.load_state_dict({**checkpoint, "multi_head_embedding.offsets": torch.arange(4) * 7}, strict=strict)
 
 
 def test_a_new_convolution_adds_nothing():
@@ -201,6 +212,32 @@ def test_a_clone_of_a_state_comes_back_to_its_place():
     again = module(hidden[:, 4:], tokens[:, 4:], saved)
     torch.testing.assert_close(again, module(hidden, tokens)[:, 4:], rtol=1e-5, atol=1e-6)
     assert not torch.equal(draft, again)
+
+
+def test_sequences_that_come_and_go_keep_their_places_in_slots():
+    (hasher,) = demo_hashers((1,), vocabulary=VOCABULARY, table_vocabularies=(11, 11), heads=2)
+    module = Engram(hasher, torch.nn.Embedding(hasher.num_rows, DIM), HIDDEN, branches=2)
+    torch.nn.init.normal_(module.short_conv.conv.weight)
+    hidden, tokens = case(3, 12, 2)
+    whole, histories, slots_state = module(hidden, tokens), NgramState([hasher], 2), module.new_state(2)
+    done, in_slot = [0, 0, 0], {0: 0, 1: 1}  # the third text takes the slot of the first
+    generator = np.random.default_rng(0)
+    while min(done) < 12:
+        if done[0] == 12 and in_slot[0] == 0:
+            in_slot[0] = 2
+            histories.reset([0])
+            slots_state.conv[0] = 0
+        slots = [slot for slot, text in in_slot.items() if done[text] < 12 and generator.random() < 0.7]
+        texts = [in_slot[slot] for slot in slots]
+        now = [(text, done[text]) for text in texts]
+        (rows,) = histories.append(slots, [int(tokens[place]) for place in now])
+        step = EngramState(slots_state.tokens[slots], slots_state.conv[slots])
+        seen = torch.stack([hidden[place] for place in now])[:, None] if now else hidden[:0, :1]
+        found = module(seen, torch.from_numpy(rows)[:, None], step)
+        slots_state.conv[slots] = step.conv
+        for (text, at), each in zip(now, found, strict=True):
+            torch.testing.assert_close(each[0], whole[text, at], rtol=1e-5, atol=1e-6)
+            done[text] += 1
 
 
 @pytest.mark.parametrize("kind", [Engram, FusedEngram])
@@ -307,6 +344,126 @@ def test_a_resident_table_learns(sparse):
             each.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("kind", [Engram, FusedEngram])
+def test_a_call_that_fails_leaves_the_state_for_a_retry(kind, tmp_path, monkeypatch):
+    resident = make(kind, branches=2)
+    table = (resident.table if kind is Engram else resident.embed).weight.detach()
+    save_file({"weight": table}, tmp_path / "table.safetensors")
+    hidden, tokens = case(2, 9, 2)
+    with Store.open({"table": [{"path": tmp_path / "table.safetensors"}], "host": {"capacity": "100B"}}) as store:
+        module = make(kind, TieredEmbedding(store), branches=2)
+        module.load_state_dict(resident.state_dict())
+        whole, state = resident(hidden, tokens), module.new_state(2)
+        torch.testing.assert_close(module(hidden[:, :4], tokens[:, :4], state), whole[:, :4], rtol=1e-5, atol=1e-6)
+        before, rest = state.clone(), (hidden[:, 4:], tokens[:, 4:])
+        with broken(tmp_path / "table.safetensors"), pytest.raises(StorageError):
+            module(*rest, state)
+        with pytest.raises(ValueError, match="deadline = -1"):
+            module.prefetch(rest[1], state, deadline=-1)
+        with pytest.raises(TypeError, match=r"hidden is torch\.int64"):
+            module(rest[0].long(), rest[1], state)
+        for ids in (rest[1] > 3, rest[1].float()):
+            with pytest.raises(TypeError, match=rf"ids are {ids.dtype}; allowed are integers"):
+                module(rest[0], ids, state)
+        monkeypatch.setattr("tiercache.engram.module.gate", None)  # the arithmetic fails
+        with pytest.raises(TypeError, match="NoneType"):
+            module(*rest, state)
+        monkeypatch.undo()
+        if kind is Engram:
+            with pytest.raises(TypeError, match=r"hidden is torch\.float64; this layer's parameters are torch\.float32"):
+                module(rest[0].double(), rest[1], state)
+            monkeypatch.setattr("torch.nn.functional.silu", None)
+            for call in (module, lambda *args: module.short_conv(args[0], args[2].conv)):
+                with pytest.raises(TypeError, match="NoneType"):
+                    call(*rest, state)
+            monkeypatch.undo()
+            assert torch.equal(state.conv, before.conv)
+        assert torch.equal(state.tokens, before.tokens)
+        torch.testing.assert_close(module(*rest, state), whole[:, 4:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [Engram, FusedEngram])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int16])
+def test_ids_of_any_integers_go_with_a_state(kind, dtype):
+    module = make(kind, branches=2)
+    hidden, tokens = case(2, 6, 2)
+    states = module.new_state(2), module.new_state(2)
+    for piece in (slice(0, 4), slice(4, 6)):
+        expected = module(hidden[:, piece], tokens[:, piece], states[0])
+        assert torch.equal(module(hidden[:, piece], tokens[:, piece].to(dtype), states[1]), expected)
+    assert torch.equal(states[0].tokens, states[1].tokens)
+    rows = module.prefetch(tokens)
+    assert torch.equal(module(hidden, rows.to(dtype)), module(hidden, rows))
+
+
+def test_a_state_of_another_layer_is_named():
+    demo, fused = make(branches=2), make(FusedEngram, branches=2)
+    hidden, tokens = case(2, 4, 2)
+    rows = demo.prefetch(tokens)
+    for module, state, message in (
+        (demo, fused.new_state(2), r"convolution of shape None; this layer's is \(2, 12, 9\)"),
+        (fused, demo.new_state(2), r"convolution of shape \(2, 12, 9\); this layer's is None"),
+        (demo, make(branches=2, kernel=2).new_state(2), r"convolution of shape \(2, 12, 3\); this layer's is \(2, 12, 9\)"),
+        (demo, EngramState(torch.zeros(2, 3), None), r"tokens of shape \(2, 3\); this layer's are \[B, 2\]"),
+        (demo, demo.new_state(3), "state is of 3 sequences; these ids are of 2"),
+    ):
+        for call in (module.prefetch, partial(module, hidden)):
+            for ids in (tokens, rows):
+                with pytest.raises(ValueError, match=message):
+                    call(ids, state)
+    with pytest.raises(TypeError, match="state is a int; allowed are what new_state makes"):
+        demo(hidden, tokens, 3)
+    with pytest.raises(TypeError, match=r"convolution of torch\.float32; this layer's parameters are torch\.bfloat16"):
+        make(branches=2).bfloat16()(hidden.bfloat16(), tokens, demo.new_state(2))
+    for sizes, message in (({"dilation": 0}, "dilation = 0: allowed is 1"), ({"kernel": 0}, "kernel = 0: allowed is 1")):
+        with pytest.raises(ValueError, match=message):
+            make(**sizes)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch's, of norms
+def test_autocast_may_mix_dtypes():
+    module = make(branches=2)
+    hidden, tokens = case(2, 4, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(hidden.bfloat16(), tokens, module.new_state(2))
+    torch.testing.assert_close(found.float(), module(hidden, tokens), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", [Engram, FusedEngram])
+def test_gradient_checkpointing_gives_the_gradients_and_refuses_a_state(kind, reentrant):
+    module = make(kind, branches=2)
+    hidden, tokens = case(2, 4, 2)
+
+    def gradient(call):
+        leaf = hidden.clone().requires_grad_()
+        call(leaf).square().sum().backward()
+        return leaf.grad
+
+    plain = gradient(lambda leaf: module(leaf, tokens))
+    found = gradient(lambda leaf: checkpoint(module, leaf, tokens, use_reentrant=reentrant))
+    torch.testing.assert_close(found, plain)
+    state = module.new_state(2)
+    with pytest.raises(RuntimeError, match="gradient checkpointing needs state = None"):
+        gradient(lambda leaf: checkpoint(module, leaf, tokens, state, use_reentrant=reentrant))
+    state = module.new_state(2)
+    torch.testing.assert_close(gradient(lambda leaf: module(leaf, tokens, state)), plain)
+
+
+@pytest.mark.parametrize("kind", [Engram, FusedEngram])
+def test_prefetches_without_a_forward_are_given_up(kind):
+    weight = torch.randn(44, DIM)
+    _, tokens = case(2, 4, 2)
+    with Store.open({"host": {"capacity": "100B"}}, tables={"table": weight}) as store:
+        embedding = TieredEmbedding(store)
+        module = make(kind, embedding, branches=2)
+        module.prefetch(tokens)
+        assert len(embedding._pending) == 1
+        module.drop()
+        assert len(embedding._pending) == 0
+    make(kind).drop()
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing():

@@ -120,6 +120,34 @@ def test_the_example_trains_serves_and_draws(lm, tmp_path):
     assert not (tmp_path / "table.safetensors").exists()
 
 
+def test_quick_is_the_same_with_few_steps(lm, tmp_path):
+    few, all_of_it = lm.options(["--quick", "--seeds", "2"]), lm.options([])
+    assert set(few) - set(all_of_it) == {"schedule", "traffic"}
+    assert (few["seeds"], all_of_it["seeds"]) == (2, 1)
+    assert few["schedule"].steps * few["schedule"].batch * few["schedule"].length < 30_000
+    assert lm.main(**few | {"sizes": lm.Sizes(**SIZES), "seeds": 1, "out": tmp_path})["serving"]
+
+
+def test_what_a_heatmap_cannot_draw_is_named(lm, tmp_path):
+    import gate_heatmap
+
+    with pytest.raises(FileNotFoundError, match=rf"model\.safetensors does not exist: `engram_lm\.py --out {tmp_path}`"):
+        gate_heatmap.main(tmp_path, str)
+    from lm.model import save_model
+
+    save_model(lm.with_engram(lm.Sizes(**SIZES)), tmp_path / "model.safetensors")
+    for options, message in (
+        ({"document": 10**6}, r"document = 1000000: allowed is 0\.\.\d+"),
+        ({"document": -1}, r"document = -1: allowed is 0\.\.\d+"),
+        ({"start": 10**6}, r"start = 1000000: document 0 has the tokens 0\.\.\d+"),
+        ({"start": -1}, "start = -1: document 0 has"),
+        ({"length": 0}, "length = 0: allowed is 1 and more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gate_heatmap.main(tmp_path, str, **options)
+    assert not (tmp_path / "gates.png").exists()
+
+
 def test_logits_that_differ_are_noticed(lm, tmp_path, monkeypatch):
     from lm import serving
     from lm.text import load_text

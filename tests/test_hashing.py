@@ -16,6 +16,7 @@ from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tiercache.engram.compression import Compression
 from tiercache.engram.deepseek import deepseek_hashers
 from tiercache.engram.demo import DemoHasher, demo_hashers, fit_hasher
 from tiercache.engram.hasher import Hasher
@@ -168,6 +169,13 @@ def test_rows_are_written_where_asked() -> None:
     out = np.zeros((3, 16), np.int64)
     assert hasher.rows([1, 2, 3], out=out) is out
     assert np.array_equal(out, hasher.rows([1, 2, 3]))
+    with pytest.raises(ValueError, match=r"out = int64\[3, 16\], not contiguous: allowed"):
+        hasher.rows([1, 2, 3], out=np.zeros((16, 3), np.int64).T)
+    with pytest.raises(TypeError, match="out is a list"):
+        hasher.rows([1, 2, 3], out=out.tolist())
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="out is read-only"):
+        hasher.rows([1, 2, 3], out=out)
     for wrong in (out[:2], out.astype(np.int32), np.zeros((16, 3), np.int64).T):
         with pytest.raises(ValueError, match=r"allowed is contiguous int64\[3, 16\]"):
             hasher.rows([1, 2, 3], out=wrong)
@@ -175,9 +183,11 @@ def test_rows_are_written_where_asked() -> None:
 
 def test_a_compression_map_is_applied_to_tokens_and_to_the_pad_id() -> None:
     golden = GOLDEN["demo_v1"]
-    compression = np.zeros(130_000, np.int64)
+    compression = np.arange(130_000) % golden["compressed_vocab"]
+    spare = np.setdiff1d(np.arange(129_000), [*golden["ids"], 2, 3])  # lead to what the others leave
     compression[golden["ids"]] = golden["compressed"]
     compression[[2, 3]] = 2, 99_091
+    compression[spare[: golden["compressed_vocab"]]] = np.arange(golden["compressed_vocab"])
     (hasher,) = demo_hashers((1,), vocabulary=golden["compressed_vocab"], compression=compression)
     (plain,) = demo_hashers((1,), vocabulary=golden["compressed_vocab"])
     assert np.array_equal(hasher.rows(golden["ids"]), plain.rows(golden["compressed"]))
@@ -191,6 +201,13 @@ def test_a_map_of_another_number_of_ids_is_refused() -> None:
         deepseek_hashers(compression=np.arange(50))
     with pytest.raises(ValueError, match=r"compression = int32\[50\]"):
         demo_hashers(vocabulary=50, compression=np.arange(50, dtype=np.int32))
+    for sparse in ([0, 1, 2, 99], [0, 1, 2, 2**31 + 5], [0, 0, 2]):
+        with pytest.raises(ValueError, match=rf"leads to \d of the ids 0\.\.{sparse[-1]}: allowed is a map that leads to each"):
+            demo_hashers(vocabulary=sparse[-1] + 1, compression=np.array(sparse))
+    with pytest.raises(ValueError, match=r"compression leads to -1: allowed is 0\.\.2"):
+        demo_hashers(vocabulary=3, compression=[0, 1, 2, -1])
+    with pytest.raises(ValueError, match=r"compression = int64\[2, 2\]"):
+        deepseek_hashers(compression=[[0, 1], [2, 3]], compressed_vocab_size=4)
     with pytest.raises(ValueError, match=r"pad id 60: allowed is 0\.\.49"):
         demo_hashers(vocabulary=50, compression=np.arange(50), pad_id=60)
 
@@ -210,6 +227,38 @@ def test_fitted_heads_fill_the_table(num_rows: int) -> None:
 def test_a_table_too_small_for_sixteen_heads_is_refused() -> None:
     with pytest.raises(ValueError, match="num_rows = 100"):
         fit_hasher(100, vocabulary=1000)
+
+
+def test_a_map_is_given_as_it_is_or_by_its_ids() -> None:
+    ids = [*range(50), 0, 1]
+    made = Compression(np.array(ids), "ab" * 32)
+    rows = [
+        deepseek_hashers((1,), compression=given, compressed_vocab_size=50)[0].rows([50, 3, 51]).tolist()
+        for given in (made, ids, np.array(ids))
+    ]
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_an_id_too_large_for_deepseek_is_named_with_what_is_allowed() -> None:
+    (hasher,) = deepseek_hashers((1,), compression=None, compressed_vocab_size=50)
+    with pytest.raises(ValueError, match=r"token id 50 is outside 0\.\.49 \(negative: a position without a token\)"):
+        hasher.rows([50])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: demo_hashers(vocabulary=0), "vocabulary = 0: allowed is 1 and more"),
+        (lambda: deepseek_hashers(compression=None, compressed_vocab_size=-3), "vocabulary = -3: allowed is 1 and more"),
+        (lambda: qwen_hashers(vocab_size=0), "vocab_size = 0: allowed is 1 and more"),
+        (lambda: qwen_hashers(make_ngram_vocab_size_divisible_by=0), "divisible_by = 0: allowed is 1 and more"),
+        (lambda: qwen_hashers(eos_token_id=None), "eos_token_id = None: allowed is an integer"),
+        (lambda: longcat_hasher(eos_token_id=[2]), r"eos_token_id = \[2\]: allowed is an integer"),
+    ],
+)
+def test_impossible_settings_are_named(make: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
 
 
 @families
@@ -271,8 +320,20 @@ def test_wrong_arguments_are_refused() -> None:
         hasher.rows(np.zeros(3))
     with pytest.raises(ValueError, match="one dimension"):
         hasher.rows(np.zeros((2, 2), np.int64))
-    with pytest.raises(ValueError, match="documents of 3 tokens for 2"):
+    with pytest.raises(ValueError, match="documents of 1 tokens for 2"):
+        hasher.rows([1, 2], [1])
+    with pytest.raises(ValueError, match=r"documents: 3 at position 0: allowed is 0\.\.2"):
         hasher.rows([1, 2], [3])
+    with pytest.raises(ValueError, match=r"documents: -1 at position 1: allowed is 0\.\.2"):
+        hasher.rows([1, 2], [2, -1, 1])
+    with pytest.raises(ValueError, match=r"documents: -1 at position 1: allowed is 0\.\.2"):
+        hasher.rows([1, 2], [3, -1])
+    with pytest.raises(ValueError, match=f"documents: {2**62} at position 0"):
+        hasher.rows([1], [2**62, 2**62, 2**62, 2**62 + 1])
+    for name, dtype, value in (("tokens", np.uint64, 2**64 - 1), ("previous", np.uint64, 2**63 + 5)):
+        wide, narrow = torch.from_numpy(np.array([[1, value]], dtype)), torch.ones((1, 2), dtype=torch.int64)
+        with pytest.raises(ValueError, match=f"{name}: {value} is no int64"):
+            hasher.torch_rows(*((wide, narrow) if name == "tokens" else (narrow, wide)))
     with pytest.raises(ValueError, match="18446744073709551615 is no int64"):
         hasher.rows(np.array([2**64 - 1], np.uint64))
     with pytest.raises(ValueError, match=r"previous of shape \[2, 1\]: allowed is \[2, 2\]"):

@@ -149,8 +149,24 @@ def test_wrong_arguments_are_refused() -> None:
         NgramState(FAMILIES["demo"].hashers, 1, window=-1)
     with pytest.raises(ValueError, match="3 for 2 slots"):
         histories.append([0, 1], [1, 2, 3])
-    with pytest.raises(ValueError, match=r"lengths = \[3, -1\]: allowed are 2 counts that sum to 2"):
-        histories.append([0, 1], [1, 2], [3, -1])
+    for slots, tokens in (([], [1, 2]), ([], [1])):
+        with pytest.raises(ValueError, match=f"tokens: {len(tokens)} for 0 slots"):
+            histories.append(slots, tokens)
+    for lengths, message in (
+        ([2, -1], r"lengths: -1 at position 1: allowed is 0\.\.2"),
+        ([2**62] * 2, f"lengths: {2**62} at position 0"),
+        ([1, 0], "lengths of 1 tokens for 2 tokens"),
+        ([2], "lengths: 1 for 2 slots"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            histories.append([0, 1], [1, 2], lengths)
+    with pytest.raises(ValueError, match=f"lengths: {2**62} at position 0"):
+        histories.append([0, 1, 2], [1], [2**62, 2**63 - 1, 2**62 + 2])
+    hashers = FAMILIES["demo"].hashers
+    for wrong, error in ((3, "hashers is a int"), (hashers[0], "hashers is a DemoHasher"), ([3], "hashers: has a int")):
+        with pytest.raises(TypeError, match=error):
+            NgramState(wrong, 1)
+    assert NgramState(iter(hashers), 1).hashers == hashers
     with pytest.raises(ValueError, match="counts: 1 for 2 slots"):
         histories.rollback([0, 1], [1])
     with pytest.raises(ValueError, match="counts: -1 tokens of slot 0"):

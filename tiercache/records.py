@@ -66,11 +66,11 @@ class Record:
             )
         if self.scale is not None and kinds != ["F8_E4M3"]:
             raise FormatError(f"a global scale belongs to one F8_E4M3 field, not to {', '.join(kinds)}")
-        if blocks and self.dim % (num_blocks := self.fields[1 - self._values].width):
+        if blocks and self.dim % (num_blocks := self.fields[1 - self.values].width):
             raise FormatError(f"{self.dim} values per row cannot be cut into {num_blocks} blocks")
 
     @cached_property
-    def _values(self) -> int:
+    def values(self) -> int:
         """Place of the field that holds the values."""
         return next(place for place, field in enumerate(self.fields) if field.dtype != "F8_E8M0")
 
@@ -87,12 +87,12 @@ class Record:
     @property
     def dim(self) -> int:
         """Values in a decoded row."""
-        return self.fields[self._values].width
+        return self.fields[self.values].width
 
     @property
     def default_dtype(self) -> torch.dtype:
         """The values' own dtype; bfloat16 for fp8."""
-        return _DECODED[self.fields[self._values].dtype]
+        return _DECODED[self.fields[self.values].dtype]
 
     def decode(self, raw: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Rows as numbers. raw: uint8[n, record_bytes]; returns dtype[n, dim] in new memory. None: `default_dtype`.
@@ -100,9 +100,9 @@ class Record:
         Scaled rows are multiplied in float32 and rounded to `dtype` once. Scale byte 0 means 2^-127, 255 means NaN.
         """
         dtype = self.default_dtype if dtype is None else dtype
-        values = self._field(raw, self._values)
+        values = self.part(raw, self.values)
         if len(self.fields) == 2:
-            scales = self._field(raw, 1 - self._values).float()
+            scales = self.part(raw, 1 - self.values).float()
             return (values.float() * scales.repeat_interleave(self.dim // scales.shape[-1], -1)).to(dtype)
         if self.scale is not None:
             return (values.float() * self.scale).to(dtype)
@@ -116,7 +116,8 @@ class Record:
         """Whether the bytes of a record are those of its row in `dtype`."""
         return len(self.fields) == 1 and self.scale is None and DTYPES[self.fields[0].dtype] == dtype
 
-    def _field(self, raw: torch.Tensor, place: int) -> torch.Tensor:
+    def part(self, raw: torch.Tensor, place: int) -> torch.Tensor:
+        """A field of rows as it is stored: its dtype[n, width] in new memory. raw: uint8[n, record_bytes]."""
         field, offset = self.fields[place], self.offsets[place]
         piece = raw[..., offset : offset + field.nbytes].clone(memory_format=torch.contiguous_format)
         return piece.view(DTYPES[field.dtype])

@@ -18,9 +18,12 @@ class Ahead:
         self._here = _Here()
 
     def begin(self, rows: torch.Tensor) -> None:
-        """Begin to read rows: integers of any shape, on any device, which is waited for. What was ahead is given up."""
+        """Begin to read rows: integers of any shape, on any device, which is waited for. What was ahead is given up.
+
+        rows may be changed afterwards.
+        """
         self.drop()
-        rows = rows.cpu()
+        rows = rows.to("cpu", copy=True)
         self._here.request = rows, self.store.prefetch(rows, table=self.table)
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,8 @@ from tiercache.store import Store
 
 _TABLE = re.compile(r".*\blayers\.(\d+)\.ple\.ple_embedding\.ngram_embedding\.(?:shard_\d+\.)?weight")
 _ROWS_AT_ONCE = 1 << 16
+_SAMPLE = 16
+"""Rows of a table in memory that are compared with the store's."""
 
 
 class Offload:
@@ -95,9 +97,10 @@ def offload(model: nn.Module, source: Store | StoreConfig | str | os.PathLike[st
     `tiercache::fetch`. `state_dict` and `save_pretrained` have everything but the tables. Tables are not trained: their rows
     have no gradient. What still refers to a table's parameter, such as an optimizer, keeps its memory.
 
-    Raises ValueError for a model that has no such table, is on meta or was offloaded before, or a table of another shape or
-    dtype than the model's, TypeError for a table that is quantized or sharded, KeyError for one that the store does not
-    have, and whatever `Store.open` raises; then nothing has changed.
+    Some rows of a table in memory are compared with the store's before its memory is freed. Raises ValueError for a model that
+    has no such table, is on meta or was offloaded before, or a table of another shape or dtype than the model's or of other
+    rows, StorageError where these cannot be read, TypeError for a table that is quantized or sharded, KeyError for one that
+    the store does not have, and whatever `Store.open` raises; then nothing has changed.
     """
     text = _text_model(model)
     tables = _tables(text)
@@ -232,8 +235,22 @@ def _place(text: Any, layer: int, store: Store, name: str) -> _Place:
             f"layer {layer} needs {wanted[0]} rows of {wanted[1]} values of {wanted[2]}"
         )
     in_memory = isinstance(module, nn.Embedding) and not module.weight.is_meta
+    if in_memory:
+        _compare(module.weight.detach(), layer, store, name)
     stored = StoredEmbedding(store, name, module.weight.dtype, parent.layer_multipliers.device)
     return _Place(layer, parent, module, module.weight.device if in_memory else None, stored)
+
+
+def _compare(weight: torch.Tensor, layer: int, store: Store, name: str) -> None:
+    """ValueError where the bits of some row, out of a sample of the table, are not those of the store's."""
+    rows = torch.linspace(0, len(weight) - 1, min(_SAMPLE, len(weight)), dtype=torch.float64).long()
+    theirs = store.fetch(rows, table=name).cpu().view(torch.uint8)
+    ours = weight[rows.to(weight.device)].cpu().contiguous().view(torch.uint8)
+    for row in rows[(ours != theirs).any(1)][:1].tolist():
+        raise ValueError(
+            f"layer {layer}: row {row} of its table differs from that of table {name!r} of the store; "
+            "write the table that the model has, or load the model without it"
+        )
 
 
 def _prefetching(text: Any, places: list[_Place]) -> list[Any]:

@@ -44,23 +44,39 @@ class Identity(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Compression:
-    """A map and the tokenizer it is of. ids: int64[tokenizer's ids], read-only."""
+    """A map and the tokenizer it is of. ids: int64[tokenizer's ids], read-only, a copy of what was given.
+
+    Raises TypeError for ids that are no integers, ValueError for ids of more than one dimension.
+    """
 
     ids: npt.NDArray[np.int64]
     tokenizer_sha256: str
+
+    def __post_init__(self) -> None:
+        given = np.asarray(self.ids)
+        if given.ndim != 1:
+            raise ValueError(f"ids of shape {given.shape}: expected one dimension")
+        if given.dtype.kind not in "iu":
+            raise TypeError(f"ids: expected integers, got {given.dtype}")
+        ids = np.array(given, np.int64)
+        ids.flags.writeable = False
+        object.__setattr__(self, "ids", ids)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Compression":
         """The map of a tokenizer; takes seconds. Raises as `compress_vocabulary`."""
         content = _content(tokenizer)
-        return cls(compress_vocabulary(content), hashlib.sha256(content).hexdigest())
+        return cls(_map_of(content, _name(tokenizer)), hashlib.sha256(content).hexdigest())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], expected: Identity) -> "Compression":
         """The map that `save` wrote to a file.
 
-        Raises FormatError for a file that is none, is damaged, or holds another map than is expected.
+        Raises FormatError for a file that is none, is damaged, or holds another map than is expected, and TypeError where
+        `expected` is no identity.
         """
+        if not isinstance(expected, tuple | list) or len(expected) != len(Identity._fields):
+            raise TypeError(f"expected = {expected!r}: allowed is an Identity of {', '.join(Identity._fields)}")
         with Path(path).open("rb") as file:
             loaded = cls(*_read(path, file))
         for name, found, wanted in zip(Identity._fields, loaded.identity, expected, strict=True):
@@ -87,17 +103,40 @@ class Compression:
         return Identity(digest, self.tokenizer_sha256, self.ids.size, int(self.ids.max(initial=-1)) + 1)
 
 
+def to_map(compression: Compression | npt.ArrayLike | None) -> npt.NDArray[np.int64] | None:
+    """The ids of a map, however it is given; None for none. ValueError for what is no map."""
+    if compression is None:
+        return None
+    ids = compression.ids if isinstance(compression, Compression) else np.asarray(compression)
+    check_map(ids)
+    return ids
+
+
+def check_map(ids: npt.NDArray[Any]) -> None:
+    """Raise ValueError unless ids are contiguous int64 of one dimension."""
+    if ids.dtype != np.int64 or ids.ndim != 1 or not ids.flags.c_contiguous:
+        raise ValueError(f"compression = {ids.dtype}{list(ids.shape)}: allowed is contiguous int64[ids]")
+
+
 def compress_vocabulary(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
     """int64[tokenizer's ids], id to compressed id, read-only. Added tokens count as any other.
 
-    Needs the package `tokenizers`, which the extra `engram` brings; raises ImportError without it, and ValueError for ids
-    that are not 0..n-1.
+    Needs the package `tokenizers`, which the extra `engram` brings; raises ImportError without it, FormatError for what is
+    no tokenizer.json, and ValueError for ids that are not 0..n-1.
     """
+    return _map_of(_content(tokenizer), _name(tokenizer))
+
+
+def _map_of(content: bytes, name: str) -> npt.NDArray[np.int64]:
+    """The map of what stands in the tokenizer.json of this name."""
     try:
         import tokenizers
     except ImportError as error:
         raise ImportError("compressing a vocabulary needs tokenizers: pip install 'tiercache[engram]'") from error
-    made = tokenizers.Tokenizer.from_str(_content(tokenizer).decode())
+    try:
+        made = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # tokenizers raises no narrower one
+        raise FormatError(f"{name}: is no tokenizer.json: {error}") from None
     normaliser = _normaliser(tokenizers)
     num_ids = made.get_vocab_size(with_added_tokens=True)
     places: dict[str, int] = {}
@@ -105,7 +144,7 @@ def compress_vocabulary(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
     for token in range(num_ids):
         raw = made.id_to_token(token)
         if raw is None:
-            raise ValueError(f"tokenizer: of {num_ids} tokens none has the id {token}: allowed are ids from 0 without a gap")
+            raise ValueError(f"{name}: of {num_ids} tokens none has the id {token}: allowed are ids from 0 without a gap")
         text = made.decode([token], skip_special_tokens=False)
         key = raw if _REPLACEMENT in text else normaliser.normalize_str(text) or text
         ids[token] = places.setdefault(key, len(places))
@@ -130,6 +169,10 @@ def _normaliser(tokenizers: Any) -> Any:
     )
 
 
+def _name(tokenizer: Tokenizer) -> str:
+    return "tokenizer" if isinstance(tokenizer, bytes) else os.fspath(tokenizer)
+
+
 def _content(tokenizer: Tokenizer) -> bytes:
     return tokenizer if isinstance(tokenizer, bytes) else Path(tokenizer).read_bytes()
 
@@ -147,5 +190,4 @@ def _read(path: str | os.PathLike[str], file: io.BufferedReader) -> tuple[npt.ND
     ids = parts["ids"]
     if hashlib.sha256(ids.tobytes()).digest() != parts["map_sha256"].tobytes():
         raise FormatError(f"{os.fspath(path)}: the map is not the one that was written: its digest differs")
-    ids.flags.writeable = False
-    return ids.astype(np.int64, copy=False), parts["tokenizer_sha256"].tobytes().hex()
+    return ids, parts["tokenizer_sha256"].tobytes().hex()

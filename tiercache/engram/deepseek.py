@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import numpy.typing as npt
 
+from tiercache.engram.compression import Compression, to_map
 from tiercache.engram.demo import compressed, draw_multipliers
 from tiercache.engram.hasher import ANY_NEGATIVE
 from tiercache.engram.primes import next_primes
@@ -32,7 +32,7 @@ class DeepseekHasher(XorHasher):
 def deepseek_hashers(
     layer_ids: Sequence[int] = (1, 14),
     *,
-    compression: npt.NDArray[np.int64] | None,
+    compression: Compression | npt.ArrayLike | None,
     max_ngram_size: int = 4,
     vocab_size: int = 16_000_000,
     n_heads: int = 8,
@@ -43,17 +43,19 @@ def deepseek_hashers(
 ) -> tuple[DeepseekHasher, ...]:
     """The hashers of all layers with a table. The arguments are the model's `engram_*` values; its own are the defaults.
 
-    compression: int64[tokenizer's ids], see tiercache.engram.compression; None where token ids come compressed.
+    compression: a map, see tiercache.engram.compression, or its ids, int64[tokenizer's ids]; None where token ids come
+    compressed.
     num_embeddings: rows of each layer's table, which are compared. Raises ValueError where a value does not fit the others.
     """
+    ids = to_map(compression)
     seen: set[int] = set()
     hashers = tuple(
         DeepseekHasher(
             multipliers=draw_multipliers(compressed_vocab_size, max_ngram_size, layer, seed),
             primes=tuple(next_primes(vocab_size, n_heads, seen) for _ in range(2, max_ngram_size + 1)),
             vocabulary=compressed_vocab_size,
-            pad=compressed(pad_token_id, compression),
-            compression=compression,
+            pad=compressed(pad_token_id, ids),
+            compression=ids,
         )
         for layer in layer_ids
     )

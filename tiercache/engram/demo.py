@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tiercache.engram.compression import Compression, to_map
+from tiercache.engram.hasher import check_least
 from tiercache.engram.primes import next_primes
 from tiercache.engram.xor import XorHasher
 
@@ -28,21 +30,22 @@ def demo_hashers(
     heads: int = 8,
     pad_id: int = 2,
     seed: int = 0,
-    compression: npt.NDArray[np.int64] | None = None,
+    compression: Compression | npt.ArrayLike | None = None,
 ) -> tuple[DemoHasher, ...]:
     """The hashers of all layers with a table, in the order given; no prime serves twice, so the order matters.
 
     vocabulary: number of compressed ids. table_vocabularies: a head's size in rows, about, for each order 2..N.
-    pad_id: before compression.
+    pad_id: before compression. compression: a map, or its ids, int64[tokenizer's ids].
     """
+    ids = to_map(compression)
     seen: set[int] = set()
     return tuple(
         DemoHasher(
             multipliers=draw_multipliers(vocabulary, len(table_vocabularies) + 1, layer, seed),
             primes=tuple(next_primes(size, heads, seen) for size in table_vocabularies),
             vocabulary=vocabulary,
-            pad=compressed(pad_id, compression),
-            compression=compression,
+            pad=compressed(pad_id, ids),
+            compression=ids,
         )
         for layer in layers
     )
@@ -65,6 +68,7 @@ def fit_hasher(num_rows: int, *, vocabulary: int, layer: int = 1) -> DemoHasher:
 
 def draw_multipliers(vocabulary: int, count: int, layer: int, seed: int) -> tuple[int, ...]:
     """Odd numbers whose product with any symbol fits int64, drawn by numpy's generator (PCG64)."""
+    check_least(1, vocabulary=vocabulary)
     half = max(1, (2**63 - 1) // vocabulary // 2)
     drawn = np.random.default_rng(seed + 10_007 * layer).integers(0, half, count, np.int64)
     return tuple(2 * int(number) + 1 for number in drawn)

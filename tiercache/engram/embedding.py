@@ -5,9 +5,10 @@ parameter and no `weight`: a table in tiers is read-only, no gradient reaches it
 train are an ordinary `nn.Embedding`, which is called the same way.
 
 A state dict holds nothing of the table. A checkpoint that holds it loads all the same, strictly too: its tensors are compared
-with the store and left where they are.
+with the store, a sample of rows of each, and left where they are.
 """
 
+import warnings
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
@@ -17,6 +18,7 @@ from torch import nn
 
 from tiercache.flight import Ticket
 from tiercache.op import as_operator
+from tiercache.records import DTYPES
 from tiercache.source import Source
 from tiercache.store import Store
 
@@ -60,11 +62,22 @@ class TieredEmbedding(nn.Module):
         """Begin to read the rows of a `forward` to come, which finds them by its indices: it takes rows of no others.
 
         At most 8 prefetches wait for their forward; the oldest of more is dropped, and its rows arrive in the tier. The
-        ticket is for the caller who wants to `cancel` it, or to take the rows past the module.
+        ticket is for the caller who wants to `cancel` it, or to take the rows past the module. `drop` gives up those whose
+        forward is not going to come; forwards that are compiled take none, and leave them waiting.
+
+        indices: a tensor, which may be changed afterwards.
         """
+        if not isinstance(indices, torch.Tensor):
+            raise TypeError(f"indices are a {type(indices).__name__}; allowed is a torch.Tensor")
+        indices = indices.clone()
         ticket = self.store.prefetch(indices, deadline=deadline, table=self.table)
-        self._pending.append(_Prefetch(indices.clone(), ticket))
+        self._pending.append(_Prefetch(indices, ticket))
         return ticket
+
+    def drop(self) -> None:
+        """Cancel every prefetch that waits for its forward: what has not been read yet is not read."""
+        while self._pending:
+            self._pending.popleft().ticket.cancel()
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """The rows, without a gradient. In a graph that is traced the fetch is `as_operator`'s, which finds prefetched rows
@@ -102,40 +115,62 @@ class TieredEmbedding(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Compare a checkpoint's table with the store's: shapes, and some rows where its dtype is that of the rows.
+        """Compare a checkpoint's table with the store's: shapes, and a sample of rows.
 
         The tensors that make up the table are `weight` and, by the last part of their names, the fields of its records.
-        None need be there. What does not agree is an error of load_state_dict, and other tensors are unexpected.
+        None need be there. What does not agree is an error of load_state_dict, and other tensors are unexpected. A tensor
+        whose rows cannot be compared, as on meta, is warned of.
         """
         record = self.store._table(self.table).record
-        widths = {field.name.rpartition(".")[2]: field.width for field in record.fields}
-        widths.setdefault("weight", record.dim)
+        places = {field.name.rpartition(".")[2]: place for place, field in enumerate(record.fields)}
+        places.setdefault("weight", record.values)
         for key, value in state_dict.items():
             if not key.startswith(prefix):
                 continue
-            width = widths.get(key[len(prefix) :])
-            if width is None:
+            place = places.get(key[len(prefix) :])
+            if place is None:
                 if strict:
                     unexpected_keys.append(key)
                 continue
-            wanted = (self.num_embeddings, width)
+            wanted = (self.num_embeddings, record.fields[place].width)
             if tuple(value.shape) != wanted:
                 error_msgs.append(f"{key} has shape {tuple(value.shape)}; the store's table {self.table!r} has {wanted}")
-            elif (row := self._first_difference(value)) is not None:
+            elif value.is_meta or not (value.is_floating_point() or value.dtype == DTYPES[record.fields[place].dtype]):
+                what = "on meta" if value.is_meta else str(value.dtype)
+                text = f"{key} is {what}: its rows were not compared with the store's table {self.table!r}, which serves"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            elif (row := self._first_difference(value, place)) is not None:
                 error_msgs.append(
                     f"{key}: row {row} differs from the store's table {self.table!r}, which serves; "
                     "open the store over this checkpoint, or leave the tensor out"
                 )
 
-    def _first_difference(self, weight: torch.Tensor) -> int | None:
-        """A row whose bytes are not the store's, out of a sample of them. None where the dtypes say nothing about bytes."""
-        if weight.is_meta or weight.dtype != self.store.dtype(self.table) or weight.shape[1] != self.embedding_dim:
-            return None
+    def _first_difference(self, tensor: torch.Tensor, place: int) -> int | None:
+        """A row that is not the store's, out of a sample of them; None where all are.
+
+        A tensor of its field's dtype is compared by its bytes. One of another floating-point dtype is compared as numbers: its
+        rows have to be the store's, decoded, after a cast to either one's dtype.
+        """
+        record = self.store._table(self.table).record
         rows = torch.linspace(0, self.num_embeddings - 1, min(_SAMPLE, self.num_embeddings), dtype=torch.float64).long()
-        theirs = weight[rows.to(weight.device)].cpu().contiguous().view(torch.uint8)
-        ours = self.store.fetch(rows, table=self.table).cpu().view(torch.uint8)
-        different = (theirs != ours).any(1).nonzero()
+        theirs = tensor[rows.to(tensor.device)].cpu().contiguous()
+        raw = self.store.fetch(rows, table=self.table, raw=True).cpu()
+        own = record.part(raw, place)
+        if theirs.dtype == own.dtype:
+            same = (theirs.view(torch.uint8) == own.view(torch.uint8)).all(1)
+        elif place == record.values:
+            served = self.store.dtype(self.table)
+            same = _equal(theirs, record.decode(raw, theirs.dtype)) | _equal(theirs.to(served), record.decode(raw, served))
+        else:
+            same = _equal(theirs, own.to(theirs.dtype)) | _equal(theirs.to(own.dtype), own)
+        different = (~same).nonzero()
         return int(rows[different[0, 0]]) if len(different) else None
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """bool[n], which rows of [n, width] are the same numbers; NaN is NaN."""
+    one, other = one.double(), other.double()
+    return ((one == other) | (one.isnan() & other.isnan())).all(1)
 
 
 def _same(prefetched: torch.Tensor, indices: torch.Tensor) -> bool:

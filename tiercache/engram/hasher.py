@@ -37,6 +37,11 @@ class Hasher(ABC):
     def context(self) -> int:
         """Look-back: tokens before the current one that matter."""
 
+    @property
+    @abstractmethod
+    def offsets(self) -> Ids:
+        """int64[num_heads], first row of each head in the table."""
+
     @abstractmethod
     def runs(self, tokens: Ids, lengths: Ids, previous: Ids, out: Ids) -> None:
         """Write the rows of several sequences' next tokens. The arguments are not checked, only the ids are.
@@ -71,8 +76,7 @@ class Hasher(ABC):
         """
         ids, before = to_ids("tokens", tokens, 1), to_ids("previous", previous, 1)
         lengths = np.array([ids.size], np.int64) if documents is None else to_ids("documents", documents, 1)
-        if (lengths < 0).any() or lengths.sum() != ids.size:
-            raise ValueError(f"documents of {lengths.sum()} tokens for {ids.size} tokens")
+        check_counts("documents", lengths, ids.size)
         look_back = np.full((lengths.size, self.context), ABSENT, np.int64)
         before = before[max(0, before.size - self.context) :]
         if lengths.size and before.size:
@@ -99,8 +103,13 @@ class Hasher(ABC):
 
     def _checked(self, out: Ids, num_tokens: int) -> Ids:
         shape = (num_tokens, self.num_heads)
+        if not isinstance(out, np.ndarray):
+            raise TypeError(f"out is a {type(out).__name__}: allowed is a numpy array int64{list(shape)}")
         if out.shape != shape or out.dtype != np.int64 or not out.flags.c_contiguous:
-            raise ValueError(f"out = {out.dtype}{list(out.shape)}: allowed is contiguous int64{list(shape)}")
+            order = "" if out.flags.c_contiguous else ", not contiguous"
+            raise ValueError(f"out = {out.dtype}{list(out.shape)}{order}: allowed is contiguous int64{list(shape)}")
+        if not out.flags.writeable:
+            raise ValueError("out is read-only: allowed is an array that may be written")
         return out
 
 
@@ -114,6 +123,25 @@ def to_ids(name: str, values: npt.ArrayLike, num_dimensions: int) -> Ids:
     if array.dtype == np.uint64 and array.size and array.max() > np.uint64(2**63 - 1):
         raise ValueError(f"{name}: {array.max()} is no int64")
     return np.ascontiguousarray(array, np.int64)
+
+
+def check_counts(name: str, counts: Ids, total: int) -> None:
+    """Raise ValueError for counts that do not sum to `total`. Each is compared first, so that no sum can wrap."""
+    wrong = np.flatnonzero((counts < 0) | (counts > total))
+    if wrong.size:
+        at = wrong[counts[wrong].argmin()]
+        raise ValueError(f"{name}: {counts[at]} at position {at}: allowed is 0..{total}")
+    if counts.sum() != total:
+        raise ValueError(f"{name} of {counts.sum()} tokens for {total} tokens")
+
+
+def check_least(least: int, **values: int) -> None:
+    """Raise TypeError for a value that is no integer, ValueError for one below `least`."""
+    for name, value in values.items():
+        if not isinstance(value, int | np.integer) or isinstance(value, bool):
+            raise TypeError(f"{name} = {value!r}: allowed is an integer")
+        if value < least:
+            raise ValueError(f"{name} = {value}: allowed is {least} and more")
 
 
 def check_previous(shape: tuple[int, ...], num_sequences: int, context: int) -> None:
@@ -131,8 +159,9 @@ def raise_outside(bad: int, tokens: Ids, previous: Ids, low: int, num_ids: int) 
 
 
 def _outside(name: str, token: int, low: int, num_ids: int) -> ValueError:
-    least = "" if low == ANY_NEGATIVE else str(low)
-    return ValueError(f"{name}: token id {token} is outside {least}..{num_ids - 1}")
+    if low == ANY_NEGATIVE:
+        return ValueError(f"{name}: token id {token} is outside 0..{num_ids - 1} (negative: a position without a token)")
+    return ValueError(f"{name}: token id {token} is outside {low}..{num_ids - 1}")
 
 
 def checked_tensors(
@@ -145,13 +174,22 @@ def checked_tensors(
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
     check_previous(tuple(previous.shape), tokens.shape[0], context)
+    checked = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+    for name, tensor in (("tokens", tokens), ("previous", previous)):
+        if tensor.dtype == torch.uint64 and checked and (tensor.view(torch.int64) < 0).any():
+            raise ValueError(f"{name}: {to_largest(tensor)} is no int64")
     tokens, previous = tokens.long(), previous.long()
-    if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if checked:
         for name, tensor, least in (("tokens", tokens, low), ("previous", previous, min(low, ABSENT))):
             bad = tensor[(tensor < least) | (tensor >= num_ids)]
             if bad.numel():
                 raise _outside(name, int(bad[0]), least, num_ids)
     return torch.cat([previous, tokens], 1)
+
+
+def to_largest(tensor: torch.Tensor) -> int:
+    """The largest number of a tensor of uint64 on the CPU, for a message."""
+    return int(tensor.numpy().max())
 
 
 class Placed:

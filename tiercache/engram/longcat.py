@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tiercache.engram.hasher import ANY_NEGATIVE, Hasher, Ids, Placed, checked_tensors, raise_outside
+from tiercache.engram.hasher import ANY_NEGATIVE, Hasher, Ids, Placed, check_least, checked_tensors, raise_outside
 from tiercache.engram.window import ABSENT, advance, new_line, start, take
 from tiercache.native import lean
 
@@ -40,11 +40,8 @@ class LongcatHasher(Hasher):
     eos: int
 
     def __post_init__(self) -> None:
-        for name, value, least in (("vocabulary", self.vocabulary, 1), ("ratio", self.ratio, 1), ("orders", self.orders, 2)):
-            if value < least:
-                raise ValueError(f"{name} = {value}: allowed is {least} and more")
-        if self.heads < 1:
-            raise ValueError(f"heads = {self.heads}: allowed is 1 and more")
+        check_least(1, vocabulary=self.vocabulary, ratio=self.ratio, heads=self.heads)
+        check_least(2, orders=self.orders)
         if not 0 <= self.eos < self.vocabulary:
             raise ValueError(f"eos = {self.eos}: allowed is 0..{self.vocabulary - 1}")
         largest = self.ratio * self.vocabulary + 2 * self.num_heads - 1
@@ -122,6 +119,7 @@ def longcat_hasher(
     emb_split_num: int = 4,
 ) -> LongcatHasher:
     """The hasher of a model's input embedding. The arguments are the model's config; its own values are the defaults."""
+    check_least(0, eos_token_id=eos_token_id)
     return LongcatHasher(
         vocabulary=vocab_size,
         ratio=ngram_vocab_size_ratio,

@@ -18,7 +18,8 @@ class EngramState:
     tokens  int64[B, context]        last tokens whose rows were looked up, oldest first: `prefetch` moves them on
     conv    [B, channels, span]      last positions that the convolution saw: `forward` does; None without a convolution
 
-    So prefetches may run ahead of the forward passes, if both go through the text in order.
+    So prefetches may run ahead of the forward passes, if both go through the text in order. A call that raises leaves the state
+    as it was, so that it may be repeated. A state that is made under `torch.inference_mode` serves under it alone.
     """
 
     tokens: torch.Tensor
@@ -42,32 +43,79 @@ def look_up(
 ) -> torch.Tensor:
     """Rows int64[B, T, num_heads] of `ids`, token ids [B, T] or rows already; begins to read them from a table in tiers.
 
-    The state's tokens move on by the token ids; None: the ids begin their texts. ValueError for ids of another shape.
+    The state's tokens move on by the token ids once the reads have begun; None: the ids begin their texts. Errors: `rows_of`'s
+    and those of `Store.prefetch`.
     """
-    rows = rows_of(hasher, ids, state)
+    rows, tokens = rows_of(hasher, ids, state)
     if isinstance(table, TieredEmbedding):
         table.prefetch(rows, deadline=deadline)
+    move_on(state, tokens)
     return rows
 
 
-def rows_of(hasher: Hasher, ids: torch.Tensor, state: EngramState | None) -> torch.Tensor:
-    """As `look_up`, without reading."""
+def rows_of(
+    hasher: Hasher, ids: torch.Tensor, state: EngramState | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(rows int64[B, T, num_heads] of `ids`, tokens int64[B, context] where the state is then; None: where it is now).
+
+    Changes nothing. ValueError for ids of another shape, TypeError for what are no integers.
+    """
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"ids are {ids.dtype}; allowed are integers")
     if ids.ndim == 3 and ids.shape[2] == hasher.num_heads:
-        return ids
+        return ids, None
     if ids.ndim != 2:
         raise ValueError(f"ids have shape {tuple(ids.shape)}; allowed are token ids [B, T] and rows [B, T, {hasher.num_heads}]")
     batch, length = ids.shape
-    tokens = begun(hasher, batch, ids.device) if state is None else state.tokens
-    if tokens.shape != (batch, hasher.context):
-        raise ValueError(f"state is of {len(tokens)} sequences; these ids are of {batch}")
-    previous = tokens.to(ids.device)
+    previous = begun(hasher, batch, ids.device) if state is None else state.tokens.to(ids.device)
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():
         rows = torch.from_numpy(hasher.batch(ids.numpy(), previous.numpy()))
     else:
         rows = hasher.torch_rows(ids, previous)
-    if state is not None:
-        tokens.copy_(torch.cat([previous, ids], 1)[:, length:])
-    return rows
+    return rows, None if state is None else torch.cat([previous, ids.long()], 1)[:, length:]
+
+
+def move_on(state: EngramState | None, tokens: torch.Tensor | None) -> None:
+    """Put a state where `rows_of` says."""
+    if state is not None and tokens is not None:
+        state.tokens.copy_(tokens)
+
+
+def check_hidden(hidden: torch.Tensor, dtype: torch.dtype) -> None:
+    """TypeError for hidden states that parameters of `dtype` do not compute with. Under autocast they do."""
+    if not _holds(dtype, hidden):
+        raise TypeError(f"hidden is {hidden.dtype}; this layer's parameters are {dtype}")
+
+
+def _holds(dtype: torch.dtype, tensor: torch.Tensor) -> bool:
+    return torch.promote_types(tensor.dtype, dtype) == dtype or torch.is_autocast_enabled(tensor.device.type)
+
+
+def check_state(
+    state: EngramState | None, ids: torch.Tensor, context: int, dtype: torch.dtype, conv: tuple[int, int] | None
+) -> None:
+    """Raise where a state is not one of this layer and of these texts, or is asked to go through a text for a second time.
+
+    context: the hasher's. dtype: of the layer's parameters. conv: (channels, span) of its convolution. TypeError, ValueError,
+    and RuntimeError inside of a backward pass.
+    """
+    if state is None:
+        return
+    if not isinstance(state, EngramState):
+        raise TypeError(f"state is a {type(state).__name__}; allowed are what new_state makes, and None")
+    batch = ids.shape[0] if ids.ndim else 0
+    if state.tokens.ndim != 2 or state.tokens.shape[1] != context:
+        raise ValueError(f"state has tokens of shape {tuple(state.tokens.shape)}; this layer's are [B, {context}]")
+    if state.tokens.shape[0] != batch:
+        raise ValueError(f"state is of {state.tokens.shape[0]} sequences; these ids are of {batch}")
+    found, wanted = None if state.conv is None else tuple(state.conv.shape), None if conv is None else (batch, *conv)
+    if found != wanted:
+        raise ValueError(f"state has a convolution of shape {found}; this layer's is {wanted}: the state is another layer's")
+    if state.conv is not None and not _holds(dtype, state.conv):
+        raise TypeError(f"state has a convolution of {state.conv.dtype}; this layer's parameters are {dtype}")
+    # The graph task is -1 outside of a backward pass.
+    if (ids.ndim == 2 or conv is not None) and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0:
+        raise RuntimeError("a layer with a state was called in a backward pass: gradient checkpointing needs state = None")
 
 
 def begun(hasher: Hasher, batch: int, device: torch.device) -> torch.Tensor:
@@ -78,6 +126,6 @@ def begun(hasher: Hasher, batch: int, device: torch.device) -> torch.Tensor:
 def embed(table: nn.Module, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The heads' rows side by side: dtype[B, T, num_heads * dim], of int64[B, T, num_heads]."""
     if isinstance(table, nn.Embedding):
-        rows = rows.to(table.weight.device)
+        rows = rows.to(table.weight.device, torch.int64)
     embedded: Any = table(rows)
     return embedded.flatten(2).to(dtype)

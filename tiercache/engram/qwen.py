@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
+from tiercache.engram.hasher import check_least
 from tiercache.engram.primes import primes_from
 from tiercache.engram.xor import XorHasher
 
@@ -22,6 +23,10 @@ class QwenHasher(XorHasher):
     """Hashing of one layer. divisible_by: the table's rows are padded to a multiple of it."""
 
     divisible_by: int = 128
+
+    def __post_init__(self) -> None:
+        check_least(1, divisible_by=self.divisible_by)
+        super().__post_init__()
 
     @cached_property
     def num_rows(self) -> int:
@@ -44,6 +49,8 @@ def qwen_hashers(
 
     ple_layer_ids: ascending, as the model sorts them. Only their number matters.
     """
+    check_least(0, eos_token_id=eos_token_id)
+    check_least(1, vocab_size=vocab_size, make_ngram_vocab_size_divisible_by=make_ngram_vocab_size_divisible_by)
     if list(ple_layer_ids) != sorted(set(ple_layer_ids)):
         raise ValueError(f"ple_layer_ids = {list(ple_layer_ids)}: allowed are ascending numbers")
     primes = primes_from(ngram_vocab_size_base)

@@ -5,13 +5,13 @@ ring of tokens: the `context` that the next rows look back on, and `window` more
 again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.engram.hasher import Hasher, Ids, check_previous, to_ids
+from tiercache.engram.hasher import Hasher, Ids, check_counts, check_least, check_previous, to_ids
 from tiercache.engram.window import ABSENT
 from tiercache.native import lean
 
@@ -23,14 +23,18 @@ class NgramState:
     Every slot begins empty. Calls raise before anything changes: ValueError for a slot that does not exist or is named twice.
     """
 
-    def __init__(self, hashers: Sequence[Hasher], num_slots: int, *, window: int = 16) -> None:
-        if not hashers:
-            raise ValueError("hashers = []: allowed is one and more")
-        for name, value, least in (("num_slots", num_slots, 1), ("window", window, 0)):
-            if value < least:
-                raise ValueError(f"{name} = {value}: allowed is {least} and more")
+    def __init__(self, hashers: Iterable[Hasher], num_slots: int, *, window: int = 16) -> None:
+        if not isinstance(hashers, Iterable):
+            raise TypeError(f"hashers is a {type(hashers).__name__}: allowed is a sequence of hashers")
         self.hashers = tuple(hashers)
-        self.context = max(hasher.context for hasher in hashers)
+        if not self.hashers:
+            raise ValueError("hashers = []: allowed is one and more")
+        for hasher in self.hashers:
+            if not isinstance(hasher, Hasher):
+                raise TypeError(f"hashers: has a {type(hasher).__name__}; allowed are hashers")
+        check_least(1, num_slots=num_slots)
+        check_least(0, window=window)
+        self.context = max(hasher.context for hasher in self.hashers)
         self.num_slots = num_slots
         self.window = window
         self._rings = np.full((num_slots, self.context + window), ABSENT, np.int64)
@@ -127,13 +131,14 @@ class NgramState:
     @staticmethod
     def _lengths(num_slots: int, num_tokens: int, lengths: npt.ArrayLike | None) -> Ids:
         if lengths is None:
-            each, rest = divmod(num_tokens, max(num_slots, 1))
+            each, rest = divmod(num_tokens, num_slots) if num_slots else (0, num_tokens)
             if rest:
                 raise ValueError(f"tokens: {num_tokens} for {num_slots} slots are not as many for each: lengths is needed")
             return np.full(num_slots, each, np.int64)
         counts = to_ids("lengths", lengths, 1)
-        if counts.size != num_slots or (counts < 0).any() or counts.sum() != num_tokens:
-            raise ValueError(f"lengths = {counts.tolist()}: allowed are {num_slots} counts that sum to {num_tokens}")
+        if counts.size != num_slots:
+            raise ValueError(f"lengths: {counts.size} for {num_slots} slots")
+        check_counts("lengths", counts, num_tokens)
         return counts
 
     @staticmethod

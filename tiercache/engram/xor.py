@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tiercache.engram.hasher import Hasher, Ids, Placed, checked_tensors, raise_outside
+from tiercache.engram.compression import check_map
+from tiercache.engram.hasher import Hasher, Ids, Placed, check_least, checked_tensors, raise_outside
 from tiercache.engram.remainder import LANES, LARGEST, SMALLEST, place_eight, reciprocals
 from tiercache.engram.window import ABSENT, advance, new_line, start, take
 from tiercache.native import lean
@@ -45,6 +46,7 @@ class XorHasher(Hasher):
     compression: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
+        check_least(1, vocabulary=self.vocabulary)
         if len(self.primes) != len(self.multipliers) - 1 or len(set(map(len, self.primes))) != 1 or not self.primes[0]:
             heads = [len(order) for order in self.primes]
             raise ValueError(f"primes of {heads} heads an order: allowed is one number for {len(self.multipliers) - 1} orders")
@@ -133,12 +135,15 @@ class XorHasher(Hasher):
 
 
 def check_compression(compression: npt.NDArray[np.int64], vocabulary: int) -> None:
-    """Raise ValueError for a map that does not lead to exactly the symbols 0..vocabulary - 1."""
-    if compression.dtype != np.int64 or compression.ndim != 1 or not compression.flags.c_contiguous:
-        raise ValueError(f"compression = {compression.dtype}{list(compression.shape)}: allowed is contiguous int64[ids]")
+    """Raise ValueError for a map that does not lead to exactly the symbols 0..vocabulary - 1, each of them."""
+    check_map(compression)
     size = int(compression.max(initial=-1)) + 1
-    if size != vocabulary or compression.min(initial=0) < 0:
+    if size != vocabulary:
         raise ValueError(f"compression leads to {size} ids: the hashing is for {vocabulary}")
+    if (least := compression.min()) < 0:
+        raise ValueError(f"compression leads to {least}: allowed is 0..{vocabulary - 1}")
+    if (used := np.unique(compression).size) != vocabulary:
+        raise ValueError(f"compression leads to {used} of the ids 0..{vocabulary - 1}: allowed is a map that leads to each")
 
 
 @lean
