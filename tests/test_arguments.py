@@ -148,7 +148,10 @@ def test_an_index_that_changes_while_it_is_checked():
         ({"host": {"capacity": 263}}, r"host\.capacity = 263: holds no row of 264 bytes"),
         ({"host": {"policy": "best"}}, r"host\.policy = 'best'"),
         ({"host": {"policy": "lru", "policy_options": {"small": 0.1}}}, r"policy_options = .*small.*'lru'.*takes no options"),
-        ({"host": {"policy_options": {"smal": 0.1}}}, r"policy_options = .*smal.*; it takes small, ghost, threshold"),
+        (
+            {"host": {"policy": "s3fifo", "policy_options": {"smal": 0.1}}},
+            r"policy_options = .*smal.*; it takes small, ghost, threshold",
+        ),
         ({"host": {"policy": "s3fifo", "policy_options": {"small": 2}}}, r"policy_options = .*small"),
         ({"host": {"policy": "static"}}, r"host = .*'static'.*needs one"),
         ({"hots": {}}, "hots"),

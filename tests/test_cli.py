@@ -215,7 +215,7 @@ def test_replay_through_a_store_needs_the_name_of_one_of_its_tables(invoke: Invo
 def test_replay_through_a_store_says_how_large_its_tier_is(invoke: Invoke, config: Path) -> None:
     config.write_text('[[table]]\npath = "table"\n[host]\ncapacity = "1GiB"\n')
     result = invoke("replay", "--limit", 200, "--config", config)
-    (line,) = [line.split() for line in result.output.splitlines() if line.startswith(" s3fifo")]
+    (line,) = [line.split() for line in result.output.splitlines() if line.startswith(" gittins")]
     assert line[1] == "1.3", "5000 rows of 264 B"
 
 

@@ -168,8 +168,8 @@ def test_a_store_has_the_curves_of_both_tiers():
         for tier, model in zip((stats.device, stats.host), models, strict=True):
             assert tier.curve_uses == model.uses == tier.hits + tier.misses
             assert [point.hit_rate for point in tier.curve] == pytest.approx(model.points(model.uses))
-        assert stats.report().startswith("device, s3fifo: ")
-        assert "\nhost, s3fifo: " in stats.report()
+        assert stats.report().startswith("device, gittins: ")
+        assert "\nhost, gittins: " in stats.report()
         assert stats.report().count("LRU would have: ") == 2
 
 

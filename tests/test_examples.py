@@ -42,7 +42,7 @@ def test_the_qwen_example_runs(tmp_path: Path, one_thread: None) -> None:
     assert load_example("qwen_offload").main(tmp_path, console).shape == (2, 28)
     printed = console.file.getvalue()
     assert "5 % of it in memory; logits are equal to the bit: True" in printed
-    assert "host, s3fifo" in printed
+    assert "host, gittins" in printed
 
 
 def test_the_example_config_has_every_setting_and_only_those() -> None:

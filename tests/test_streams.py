@@ -3,6 +3,7 @@ left out.
 """
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -46,8 +47,10 @@ def serve(device, seed):
             else:
                 results.append((rows, store.fetch(rows, stream, raw=True)))
         del tickets
-        device.run_all()
-        store.check()
+        deadline = time.monotonic() + 30
+        while store.stats().flights and time.monotonic() < deadline:  # rows of dropped tickets still arrive
+            device.run_all()
+            store.check()
         assert store.stats().flights == 0
         assert store.stats().device.hits > 0
     return device.num_faults + sum(not np.array_equal(result.numpy(), RECORDS[rows]) for rows, result in results)

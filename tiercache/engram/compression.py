@@ -135,7 +135,7 @@ def _map_of(content: bytes, name: str) -> npt.NDArray[np.int64]:
         raise ImportError("compressing a vocabulary needs tokenizers: pip install 'tiercache[engram]'") from error
     try:
         made = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # tokenizers raises no narrower one
+    except ValueError as error:
         raise FormatError(f"{name}: is no tokenizer.json: {error}") from None
     normaliser = _normaliser(tokenizers)
     num_ids = made.get_vocab_size(with_added_tokens=True)

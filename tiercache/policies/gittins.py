@@ -101,15 +101,13 @@ class State(NamedTuple):
 def init(capacity: int) -> State:
     """State of `capacity` slots: 18 bytes a slot, and 1 MiB at most."""
     shift = max(capacity // _HORIZON, 1).bit_length() - 1
-    rarity = 0
-    while _MEMORY * capacity >> rarity > _SAMPLES:
-        rarity += 1
+    rarity = max(_rarity(_MEMORY * capacity), min(_rarity(4 * _MEMORY * capacity), 3))
     interval = max(max(capacity // 2, min(8 * capacity, _CYCLE)) // _CLASSES, _PATROL)
     lines = max(1, capacity * 8 // _GHOSTS)
     return State(
         _aligned(capacity),
         _aligned(lines * _GHOSTS).reshape(lines, _GHOSTS),
-        np.zeros(max(_MEMORY, _MEMORY * capacity >> rarity), np.int64),
+        np.zeros(min(4 * _MEMORY * capacity, _SAMPLES), np.int64),
         np.zeros(_CLASSES, np.int64),
         np.zeros((_CLASSES, _COLUMNS), np.int64),
         np.zeros((_CLASSES, _COLUMNS + 1), np.int64),
@@ -120,6 +118,11 @@ def init(capacity: int) -> State:
         np.zeros(_COLUMNS),
         np.zeros(_COLUMNS, np.int64),
     )
+
+
+def _rarity(num_rows: int) -> int:
+    """How often to halve a number of rows, to have room for a sample."""
+    return max(-(-num_rows // _SAMPLES) - 1, 0).bit_length()
 
 
 def _aligned(size: int) -> npt.NDArray[np.uint16]:
