@@ -148,7 +148,7 @@ def _figures(served: Served, resident: Served, traffic: Traffic) -> dict[str, fl
         "decode_tokens_per_s": round(traffic.sequences / median(served.decode)),
         "decode_of_resident": relative(served.decode, resident.decode),
         "decode_cpu_of_resident": relative(served.decode_cpu, resident.decode_cpu),
-        "prefill_tokens_per_s": round(traffic.sequences * traffic.prompt / median(served.prefill)),
+        "prefill_tokens_per_s": round(traffic.sequences * traffic.chunk / median(served.prefill)),
         "prefill_of_resident": relative(served.prefill, resident.prefill),
         "step_ms": round(1e3 * median(served.decode), 3),
         "asking_ms": round(1e3 * median(served.asking or [0]), 3),

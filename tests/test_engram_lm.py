@@ -14,7 +14,7 @@ SIZES = {
     "expert_blocks": (2,), "row_dim": 8,
 }  # fmt: skip
 SCHEDULE = {"steps": 6, "batch": 4, "length": 16, "looks": 3, "windows": 8}
-TRAFFIC = {"sequences": 4, "prompt": 6, "steps": 5, "rounds": 2}
+TRAFFIC = {"sequences": 4, "prompt": 6, "chunk": 3, "steps": 5, "rounds": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -156,5 +156,5 @@ def test_logits_that_differ_are_noticed(lm, tmp_path, monkeypatch):
     torch.nn.init.normal_(model.engram.table.weight)
     forward = serving.Clocked.forward
     monkeypatch.setattr(serving.Clocked, "forward", lambda self, indices: forward(self, indices) * 1.001)
-    with pytest.raises(serving.DifferentLogits, match="tiers, prefetch on: other logits at position 5"):
+    with pytest.raises(serving.DifferentLogits, match="tiers, prefetch on: other logits at position 0"):
         serving.serve(model, load_text(256), lm.Traffic(**TRAFFIC), tmp_path, lambda: None)

@@ -29,12 +29,14 @@ KINDS = ("resident", "tiers, prefetch on", "tiers, prefetch off")
 class Traffic:
     """sequences at once, with a prompt of `prompt` tokens each and `steps` tokens after it; then the next ones.
 
+    chunk: tokens of each prompt that are read at once; prompt is a multiple of it.
     warm: rounds of training text before those that are timed, 1 or more. share: host tier's bytes over the table's; the
     device tier has a quarter of it.
     """
 
     sequences: int = 240
     prompt: int = 64
+    chunk: int = 8
     steps: int = 32
     rounds: int = 3
     warm: int = 1
@@ -43,7 +45,7 @@ class Traffic:
 
 @dataclass
 class Served:
-    """Seconds of each prefill and of each decode step of one kind, and what of them went into asking for rows and taking them.
+    """Seconds of each chunk of prefill and each decode step of one kind, and what of them went into asking for rows and taking.
 
     decode_cpu: of the caller's thread alone, which other work of the machine does not lengthen. reads: distinct rows that
     came from disk in the timed decode steps, of `rows` asked for.
@@ -94,20 +96,24 @@ def serve(
         results = {kind: Served() for kind in KINDS}
         for number, tokens in enumerate(rounds):
             timed = {kind: results[kind] if number >= traffic.warm else Served() for kind in KINDS}
-            _round(models, tokens, traffic.prompt, timed, number)
+            _round(models, tokens, traffic, timed, number)
             told()
     return results, {"table": num_bytes, **tiers}
 
 
 @torch.inference_mode()
-def _round(models: dict[str, LanguageModel], tokens: torch.Tensor, prompt: int, timed: dict[str, Served], turn: int) -> None:
-    """Serve int64[sequences, prompt + steps] by all models, step by step."""
+def _round(
+    models: dict[str, LanguageModel], tokens: torch.Tensor, traffic: Traffic, timed: dict[str, Served], turn: int
+) -> None:
+    """Serve int64[sequences, prompt + steps] by all models, chunk by chunk and then step by step."""
+    prompt, chunk = traffic.prompt, traffic.chunk
+    places = [*range(0, prompt, chunk), *range(prompt, tokens.shape[1] - 1)]
     orders = list(permutations(KINDS))
     caches = {kind: Cache(model, len(tokens), tokens.shape[1]) for kind, model in models.items()}
-    for place in range(prompt - 1, tokens.shape[1] - 1):
-        piece = tokens[:, :prompt] if place < prompt else tokens[:, place : place + 1]
+    for step, place in enumerate(places):
+        piece = tokens[:, place : place + (chunk if place < prompt else 1)]
         logits = {}
-        for kind in orders[(turn + place) % len(orders)]:
+        for kind in orders[(turn + step) % len(orders)]:
             model, served = models[kind], timed[kind]
             table = model.engram.table if model.engram else None
             before = table.counts() if isinstance(table, Clocked) else (0, 0)
