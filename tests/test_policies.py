@@ -212,10 +212,14 @@ def test_s3fifo_ghost_sends_a_returning_key_to_the_main_queue():
     assert 0 in driver.slot_of
 
 
+@pytest.mark.parametrize("start", [0, 2**39 - 9 * 1024, 2**45 - 1024])
 @pytest.mark.parametrize("capacity", [1, 5, 40, 300])
-def test_gittins_equals_its_model_while_it_learns(capacity):
+def test_gittins_equals_its_model_while_it_learns(capacity, start):
+    """Also after years of service: what a slot and a sample remember of the time goes round."""
     driver, model = Driver("gittins", capacity), MODELS["gittins"](capacity)
     driver.state.book[gittins._INTERVAL] = model.interval = 128
+    driver.state.book[gittins._CLOCK] = model.now = start
+    driver.state.seen[:], model.seen = start, [start] * 64
     parts = zipf_trace(20_000, 4 * capacity + 5, seed=2), np.arange(1000), zipf_trace(5000, 2 * capacity, seed=3)
     for key in np.concatenate(parts).tolist():
         before = driver.keys.tolist()

@@ -58,9 +58,14 @@ _ONE = 256
 _FADE = 3
 _ENOUGH = 16
 _CYCLE = 1 << 17
+"""Accesses in which every class is judged once, in tiers of up to twice as many slots."""
 _SAMPLES = 1 << 17
-_HORIZON = 64
+_UNITS = 64
+"""Units of time in as many accesses as the tier has slots, about."""
 _MEMORY = 8
+"""Tiers' worth of accesses that the samples remember; up to four times as many where a sample of an eighth has room."""
+_EPOCH = 1 << 39
+"""Times of samples are modulo this, which is longer than anything is remembered."""
 _SCALE = float(1 << 30)
 _NEVER = 1 << 62
 _USED, _CLOCK, _DRAWS, _SHIFT, _SAMPLE_MASK, _GROUP, _LESSON, _INTERVAL, _HAND = range(9)
@@ -71,7 +76,8 @@ class State(NamedTuple):
 
     words    uint16[capacity]       time of the last use in units << 6 | class, which is uses << 2 | interval
     ghosts   uint16[lines, 32]      fingerprint << 4 | uses, of rows that left; 0 for none
-    samples  int64[n]               time of the last use << 24 | fingerprint << 8 | class, of sampled rows by hash; 0 for none
+    samples  int64[n]               time of the last use modulo 2**39 << 24 | fingerprint << 8 | class, of sampled rows by hash;
+                                    0 for none
     seen     int64[classes]         time when each part of the samples was last looked through
     returns  int64[classes, 64]     uses of sampled rows by class and age, faded
     reached  int64[classes, 65]     differences of: sampled rows that reached an age, faded
@@ -100,7 +106,7 @@ class State(NamedTuple):
 
 def init(capacity: int) -> State:
     """State of `capacity` slots: 18 bytes a slot, and 1 MiB at most."""
-    shift = max(capacity // _HORIZON, 1).bit_length() - 1
+    shift = max(capacity // _UNITS, 1).bit_length() - 1
     rarity = max(_rarity(_MEMORY * capacity), min(_rarity(4 * _MEMORY * capacity), 3))
     interval = max(max(capacity // 2, min(8 * capacity, _CYCLE)) // _CLASSES, _PATROL)
     lines = max(1, capacity * 8 // _GHOSTS)
@@ -298,7 +304,7 @@ def _observe(state: State, key: int, bits: int, now: int, group: int) -> None:
         age = _follow(state, sample, state.seen[part], now)
         if (sample >> 8) & 0xFFFF == mark:
             state.returns[sample & 63, age] += _ONE
-    state.samples[place] = (now << 24) | (mark << 8) | group
+    state.samples[place] = ((now & (_EPOCH - 1)) << 24) | (mark << 8) | group
     state.reached[group, 0] += _ONE
     state.reached[group, 1] -= _ONE
 
@@ -307,8 +313,9 @@ def _observe(state: State, key: int, bits: int, now: int, group: int) -> None:
 def _follow(state: State, sample: int, before: int, now: int) -> int:
     """Count the ages that a sampled row has reached since `before`. Its age now."""
     shift, group, used = state.book[_SHIFT], sample & 63, sample >> 24
-    age = int64(state.age_of[min((now - used) >> shift, _LAST_AGE)])
-    since = int64(state.age_of[min((before - used) >> shift, _LAST_AGE)]) if before > used else int64(0)
+    age = int64(state.age_of[min(((now - used) & (_EPOCH - 1)) >> shift, _LAST_AGE)])
+    then = (before - used) & (_EPOCH - 1)
+    since = int64(state.age_of[min(then >> shift, _LAST_AGE)]) if then < _EPOCH // 2 else int64(0)
     state.reached[group, since + 1] += _ONE
     state.reached[group, age + 1] -= _ONE
     return age
