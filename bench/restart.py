@@ -21,7 +21,7 @@ BATCH, _BATCHES = 48, 1000
 def main() -> None:
     """Measure and report."""
     options = parser(__doc__)
-    options.add_argument("--capacity", type=float, default=0.25, help="GiB of the host tier (%(default)s)")
+    options.add_argument("--capacity", type=float, default=0.1, help="GiB of the tier, which must fill up (%(default)s)")
     options.add_argument("--batches", type=int, default=60_000, help="before the restart (%(default)s)")
     arguments = options.parse_args()
     table = bench_table(arguments.dir, int(arguments.size * GIB))

@@ -63,12 +63,9 @@ def model_options(name, capacity):
     return {"hot_rows": list(range(0, 3 * capacity, 2))} if name == "static" else {}
 
 
-@pytest.mark.parametrize("capacity", [1, 2, 3, 17, 100])
-@pytest.mark.parametrize("name", MODELS)
-def test_equals_its_model_slot_by_slot(name, capacity):
-    options = model_options(name, capacity)
-    driver, model = Driver(name, capacity, **options), MODELS[name](capacity, **options)
-    for key in short_trace(capacity):
+def assert_equal_slot_by_slot(driver, model, keys):
+    """Both are told of the same keys, and give them the same slots."""
+    for key in keys:
         before = driver.keys.tolist()
         hit, slot = driver.use(key)
         if hit:
@@ -76,6 +73,13 @@ def test_equals_its_model_slot_by_slot(name, capacity):
         else:
             assert slot == model.miss(before, set(), key)
     driver.check()
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3, 17, 100])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_its_model_slot_by_slot(name, capacity):
+    options = model_options(name, capacity)
+    assert_equal_slot_by_slot(Driver(name, capacity, **options), MODELS[name](capacity, **options), short_trace(capacity))
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 17, 100])
@@ -221,18 +225,11 @@ def test_gittins_equals_its_model_while_it_learns(capacity, start):
     driver.state.book[gittins._CLOCK] = model.now = start
     driver.state.seen[:], model.seen = start, [start] * 64
     parts = zipf_trace(20_000, 4 * capacity + 5, seed=2), np.arange(1000), zipf_trace(5000, 2 * capacity, seed=3)
-    for key in np.concatenate(parts).tolist():
-        before = driver.keys.tolist()
-        hit, slot = driver.use(key)
-        if hit:
-            model.hit(before, slot)
-        else:
-            assert slot == model.miss(before, set(), key)
+    assert_equal_slot_by_slot(driver, model, np.concatenate(parts).tolist())
     assert np.array_equal(driver.state.returns, model.returns)
     assert np.array_equal(driver.state.reached, model.reached)
     assert np.abs(driver.state.worth - np.array(model.worth)).max() <= 1
     assert not np.array_equal(driver.state.worth, gittins._first_guess())
-    driver.check()
 
 
 def test_the_default_misses_less_on_text_than_every_other_policy():

@@ -34,8 +34,8 @@ _AHEAD = 64
 """Rows between asking for an index line, reading it, and using the slot's line that it leads to."""
 _LAST_STAMP = 2**31 - 1
 _NO_ROWS = np.empty(0, np.int64)
-_NOTES_DUE = 2
-"""In what `plan_batch` returns."""
+_SERVED, _TAKE_NOTES = 1, 2
+"""Bits of what `plan_batch` returns: nothing was pinned; the curve's notes should be worked through."""
 
 
 PLAN_HITS, PLAN_MISSES, PLAN_STAGED, PLAN_PENDING, PLAN_HELD = range(5)
@@ -139,10 +139,9 @@ class Level:
         """`plan`, into new room. `idly`: True, and nothing is pinned, if every row is resident and its bytes are there."""
         self.make_room(rows.size)
         done = plan_batch(self.slots, self.table, self.seen, self.counters, self.state, rows, plan, num_reads, idly)
-        if done < _NOTES_DUE:
-            return done == 1
-        self.take_notes(rows)
-        return done > _NOTES_DUE
+        if done & _TAKE_NOTES:
+            self.take_notes(rows)
+        return bool(done & _SERVED)
 
     def take_notes(self, rows: npt.NDArray[np.int64] = _NO_ROWS) -> None:
         """Bring the curve up to date. rows: of the batch before, if all of it may not be noted yet."""
@@ -200,10 +199,7 @@ def _nbytes(part: Any) -> int:
 def plan_batch(
     slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, plan: Plan, num_reads: int, idly: bool
 ) -> int:
-    """Plan a batch; 1 if nothing was pinned, as every row was resident and `idly` said that this will do, else 0.
-
-    _NOTES_DUE comes on top where the curve's notes should be worked through.
-    """
+    """Plan a batch. Bits: _SERVED, if every row was resident and `idly` said that this will do; _TAKE_NOTES."""
     note_rows(counters, rows, 0)
     missing = find_batch(slots, table, seen, counters, state, rows, plan, idly)
     if missing > 0:
@@ -212,7 +208,7 @@ def plan_batch(
             slots, table, seen, counters, state, rows, plan.where, plan.all_misses, plan.all_fill, plan.all_held,
             counts[PLAN_HELD], num_reads,
         )  # fmt: skip
-    return int64(missing < 0) + _NOTES_DUE * int64(counters[NOTED] >= NOTES_DUE)
+    return _SERVED * int64(missing < 0) + _TAKE_NOTES * int64(counters[NOTED] >= NOTES_DUE)
 
 
 @lean

@@ -120,19 +120,18 @@ def open_image(path: Path, tables: list[AboutTable], record_bytes: int) -> Itera
     FormatError for a damaged image, and for one of other tables. record_bytes: of the widest record.
     """
     with ExitStack() as stack:
-        file, tensors = _open(path, stack)
-        descriptor = file[1]
-        books = _read_books(file[0], descriptor, tensors)
+        file, descriptor, tensors = _open(path, stack)
+        books = _read_books(file, descriptor, tensors)
         about = _parse(path, books["about"].tobytes())
         _require_same(path, about, tables)
         if not record_bytes <= about.stride < record_bytes + _WIDEST_GAP:
             raise _no_image(path, f"slots of {about.stride} bytes for records of {record_bytes}")
         if set(tensors) != {f"{tier}.{name}" for tier in about.tiers for name in ("slots", "rows", "sums")} | {"about", "sum"}:
             raise _no_image(path, f"tensors {sorted(tensors)[:8]}")
-        yield {tier: _part(file[0], descriptor, tensors[f"{tier}.slots"], tier, books, about.stride) for tier in about.tiers}
+        yield {tier: _part(file, descriptor, tensors[f"{tier}.slots"], tier, books, about.stride) for tier in about.tiers}
 
 
-def _open(path: Path, stack: ExitStack) -> tuple[tuple[TableFile, int], dict[str, Tensor]]:
+def _open(path: Path, stack: ExitStack) -> tuple[TableFile, int, dict[str, Tensor]]:
     """The file, its descriptor, and what its header says, all of one image."""
     for tries_left in reversed(range(_TRIES)):
         tensors = read_header(path)
@@ -146,7 +145,7 @@ def _open(path: Path, stack: ExitStack) -> tuple[tuple[TableFile, int], dict[str
                 raise
             continue  # replaced since its header was read
         stack.callback(os.close, descriptor)
-        return (file, descriptor), tensors
+        return file, descriptor, tensors
     raise AssertionError
 
 
