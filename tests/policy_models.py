@@ -323,7 +323,7 @@ class Gittins(Model):
             self.used += 1
             self.slots[self.used - 1] = new
             return self.used - 1
-        slot = self.victim(pinned)
+        slot = self.victim(pinned, self.index(new))
         if slot == BYPASS:
             self.remember(key, uses)
             return BYPASS
@@ -332,7 +332,7 @@ class Gittins(Model):
         self.slots[slot] = new
         return slot
 
-    def victim(self, pinned):
+    def victim(self, pinned, newcomer):
         slot = self.lowest(self.draw() + self.draw())
         patience = MAX_PINNED_VICTIMS
         while slot in pinned:
@@ -341,7 +341,8 @@ class Gittins(Model):
             seen = self.draw()
             free = [slot for slot in seen if slot not in pinned]
             if free:
-                return self.lowest(free)
+                slot = self.lowest(free)
+                return slot if self.index(self.slots[slot]) <= newcomer else BYPASS
             patience -= len(seen)
         return slot
 
@@ -352,8 +353,10 @@ class Gittins(Model):
         return list(range(begin, min(begin + 32, self.capacity)))
 
     def lowest(self, slots):
-        now = self.now >> self.shift
-        return min(slots, key=lambda slot: self.worth[self.class_of(self.slots[slot])][self.age(now - self.slots[slot][0])])
+        return min(slots, key=lambda slot: self.index(self.slots[slot]))
+
+    def index(self, slot):
+        return self.worth[self.class_of(slot)][self.age((self.now >> self.shift) - slot[0])]
 
     def class_of(self, slot):
         return slot[1] * 4 + slot[2]

@@ -232,11 +232,35 @@ def test_gittins_equals_its_model_while_it_learns(capacity, start):
     assert not np.array_equal(driver.state.worth, gittins._first_guess())
 
 
-def test_the_default_misses_less_on_text_than_every_other_policy():
+def test_gittins_keeps_a_newcomer_out_where_what_has_no_pin_is_worth_more():
+    driver = Driver("gittins", 40)
+    for key in 2 * list(range(40)):
+        driver.use(key)
+    state, free = driver.state, 7
+    state.worth[:] = 1
+    driver.pins[:] = 1
+    driver.pins[free] = 0
+    state.worth[int(state.words[free]) & 63] = 3
+    newcomer = state.worth[1 << 2 | 3]
+    newcomer[0] = 2
+    assert driver.use(100)[1] == BYPASS
+    assert gittins._recall(state, 100, keyset.mix(101)) == 1, "its use is not remembered"
+    newcomer[0] = 3
+    assert driver.use(101)[1] == free
+    driver.pins[:] = 0
+    newcomer[0] = 0
+    assert driver.use(102)[1] != BYPASS
+    driver.check()
+
+
+@pytest.mark.parametrize("batch", [1, 8192])
+def test_the_default_misses_less_on_text_than_every_other_policy(batch):
+    """Also in a tier that a batch fills."""
     stream = load_tokens().first(60_000)
     rows = demo_hashers(vocabulary=SHIPPED_VOCABULARY)[0].rows(stream.tokens, stream.documents).reshape(-1)
+    batches = np.append(np.arange(0, rows.size, batch), rows.size)
     for capacity in (1000, 6000, 20_000):
-        misses = {name: simulate(name, capacity, rows).misses for name in POLICIES if name not in ("belady", "static")}
+        misses = {name: simulate(name, capacity, rows, batches).misses for name in POLICIES if name not in ("belady", "static")}
         assert min(misses, key=misses.__getitem__) == DEFAULT
 
 

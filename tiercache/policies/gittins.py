@@ -20,8 +20,10 @@ the least used of four leaves and the others age.
 A hit writes two bytes, which 32 slots share a cache line for. Time runs in accesses, ages in quarter octaves of a 64th of the
 tier's slots; a slot remembers ages up to eight times the tier's slots, a hand that goes round keeps what is older at that.
 
-A slot whose pin comes up for eviction is passed over, and after `MAX_PINNED_VICTIMS` of them the answer is BYPASS; the key that
-is kept out is remembered with its uses.
+A batch pins its hits and what it brought. So where it fills the tier, all that is left to evict is what was learned before.
+Where the lowest of those looked at is pinned, another neighbourhood is looked at, and its lowest without a pin leaves only if
+its index is not above that of the newcomer's class at age 0. Else the answer is BYPASS, as it is after `MAX_PINNED_VICTIMS`;
+the key that is kept out is remembered with its uses. Without pins every newcomer enters.
 
 Gittins, "Bandit Processes and Dynamic Allocation Indices", J. R. Statist. Soc. B 41(2), 1979; for caches, Beckmann, Chen,
 Cidon, "LHD: Improving Cache Hit Rate by Maximizing Hit Density", NSDI 2018, which measures what the cache itself sees.
@@ -186,7 +188,7 @@ def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     if slot < keys.size:
         state.book[_USED] += 1
     else:
-        slot = _victim(state, pins, now)
+        slot = _victim(state, pins, now, int64(state.worth[group, 0]))
         if slot < 0:
             _remember(state, key, uses)
             return int64(BYPASS)
@@ -225,23 +227,24 @@ def _patrol(state: State, now: int) -> None:
 
 
 @lean
-def _victim(state: State, pins: Any, now: int) -> int:
-    """The slot to give up, or BYPASS where too many are pinned."""
-    _, slot = _look(state, pins, now, _LINES, False)
+def _victim(state: State, pins: Any, now: int, newcomer: int) -> int:
+    """The slot to give up for a row of this index; BYPASS where the lowest is pinned and the others are worth more, or too many
+    are pinned."""
+    _, slot, _ = _look(state, pins, now, _LINES, False)
     if pins[slot] <= 0:
         return slot
     patience = MAX_PINNED_VICTIMS
     while patience > 0:
-        met, slot = _look(state, pins, now, 1, True)
+        met, slot, lowest = _look(state, pins, now, 1, True)
         if slot >= 0:
-            return slot
+            return slot if lowest <= newcomer else int64(BYPASS)
         patience -= met
     return int64(BYPASS)
 
 
 @lean
-def _look(state: State, pins: Any, now: int, lines: int, careful: bool) -> tuple[int, int]:
-    """Draw neighbourhoods: (pinned slots met, slot of the lowest index or -1). Looks at pins only if careful."""
+def _look(state: State, pins: Any, now: int, lines: int, careful: bool) -> tuple[int, int, int]:
+    """Draw neighbourhoods: (pinned slots met, slot of the lowest index or -1, its index). Looks at pins only if careful."""
     words, worth, age_of = state.words, state.worth, state.age_of
     capacity, time = words.size, now >> state.book[_SHIFT]
     num_lines = (capacity + _LINE - 1) // _LINE
@@ -260,7 +263,7 @@ def _look(state: State, pins: Any, now: int, lines: int, careful: bool) -> tuple
             value = int64(worth[word & 63, age_of[(time - (word >> 6)) & (_TURN - 1)]])
             if value < lowest:
                 lowest, best = value, int64(slot)
-    return met, best
+    return met, best, lowest
 
 
 @lean
