@@ -94,8 +94,9 @@ class TierConfig(_Section):
     capacity: Annotated[int, BeforeValidator(parse_bytes)] = 1 << 30
     """Bytes for records (bookkeeping comes on top). 1 GiB hurts no machine that runs a model; more is better."""
     policy: PolicyName = "gittins"
-    """What stays. gittins keeps most of long n-gram text in a tier many times as large as a batch, and takes no parameter. In
-    tiers hardly larger than a batch s3fifo and arc keep more, and s3fifo costs a hit a few ns less."""
+    """What stays. gittins keeps most of long n-gram text, also in a tier that one batch fills, and takes no parameter. In a
+    tier that holds a fifth and more of all that is ever asked for, arc keeps some tenths of a point more; s3fifo costs a hit a
+    few ns less."""
     policy_options: dict[str, Annotated[int | float, BeforeValidator(_number)]] = {}
     """Parameters of the policy by name; each policy's file says which it takes."""
     hot_set: _Path | None = None
