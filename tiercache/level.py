@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tiercache import index
 from tiercache.curve import FIRST_NOTE, NOTED, NOTES_DUE, Curve, note_rows
 from tiercache.native import int64, lean, prefetch
-from tiercache.policies.base import BYPASS, EMPTY, Policy, ask, on_hit, on_miss
+from tiercache.policies.base import BYPASS, EMPTY, Policy, ask, ask_miss, on_hit, on_miss
 
 SLOT = np.dtype([("key", "i8"), ("stamp", "i4"), ("pins", "i2"), ("pending", "i1"), ("mark", "u1")])
 """Per slot: its row or EMPTY; the batch that last used it; plans that hold it; reads it waits for (negative: failed); a
@@ -32,6 +32,8 @@ MAX_PINS = 32_000
 
 _AHEAD = 64
 """Rows between asking for an index line, reading it, and using the slot's line that it leads to."""
+MISSES_AHEAD = 8
+"""Rows between asking for what a policy will read of a miss, and the miss."""
 _LAST_STAMP = 2**31 - 1
 _NO_ROWS = np.empty(0, np.int64)
 _SERVED, _TAKE_NOTES = 1, 2
@@ -311,6 +313,8 @@ def admit(
     mask = seen.size - 1
     num_misses = staged = 0
     for i in range(rows.size):
+        if i + MISSES_AHEAD < rows.size and where[i + MISSES_AHEAD] < 0:
+            ask_miss(state, rows[i + MISSES_AHEAD])
         if where[i] >= 0:
             continue
         row = rows[i]

@@ -18,6 +18,7 @@ from tiercache.curve import NOTED, NOTES_DUE, note_rows
 from tiercache.level import (
     BYPASSES,
     MISSES,
+    MISSES_AHEAD,
     PLAN_HELD,
     PLAN_HITS,
     PLAN_MISSES,
@@ -28,6 +29,7 @@ from tiercache.level import (
     new_plan,
 )
 from tiercache.native import lean
+from tiercache.policies.base import ask_miss
 
 
 class StackPlan:
@@ -37,16 +39,19 @@ class StackPlan:
     above    the device level's plan: its `held` are its hits, then the slots that what rises is copied to; its `fill` the host
              slots that it is copied from. None without a device level.
     below    the host level's plan for what the device level has not; its `where` is of those positions only
+    absent   int32[n], rest int64[n]: room for those positions and their rows
     after    what a stream must wait for before it reads these places, if there are streams
     """
 
-    __slots__ = ("above", "after", "below", "where")
+    __slots__ = ("above", "absent", "after", "below", "rest", "where")
 
     def __init__(self, size: int, *, above: bool) -> None:
         """Room for the plan of a batch of `size` rows."""
         self.below = new_plan(size)
         self.above = new_plan(size) if above else None
         self.where: npt.NDArray[np.int32] = (self.above or self.below).where
+        self.absent = np.empty(size if above else 0, np.int32)
+        self.rest = np.empty(size if above else 0, np.int64)
         self.after: Any = None
 
 
@@ -70,27 +75,35 @@ def plan_stack(
     above, below = plan.above, plan.below
     assert above is not None
     device.make_room(rows.size)
-    missing = find_above(device.slots, device.table, device.seen, device.counters, device.state, rows, above, idly)
+    missing = find_above(
+        device.slots, device.table, device.seen, device.counters, device.state, rows, above, plan.absent, plan.rest, idly
+    )
     if device.counters[NOTED] >= NOTES_DUE:
         device.take_notes(rows)
     if missing <= 0:
         return missing < 0
-    absent = np.flatnonzero(plan.where < 0)
-    host.plan_into(below, rows[absent], num_reads)
+    host.plan_into(below, plan.rest[:missing], num_reads)
     risen = rise_batch(
         device.slots, device.table, device.counters, device.state, host.slots, above, below, num_copies, most
     )
-    merge(device.table, device.slots, rows, plan.where, absent, below.where, risen > 0)
+    merge(device.table, device.slots, rows, plan.where, plan.absent[:missing], below.where, risen > 0)
     return False
 
 
 @lean
 def find_above(
-    slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, plan: Plan, idly: bool
+    slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, plan: Plan, absent: Any, rest: Any, idly: bool
 ) -> int:
-    """`find_batch`, and note for the curve what was asked for."""
+    """`find_batch`, and note for the curve what was asked for. Collects the positions that are missing, and their rows."""
     note_rows(counters, rows, 0)
-    return find_batch(slots, table, seen, counters, state, rows, plan, idly)
+    missing = find_batch(slots, table, seen, counters, state, rows, plan, idly)
+    if missing > 0:
+        at = 0
+        for i in range(rows.size):
+            if plan.where[i] < 0:
+                absent[at], rest[at] = i, rows[i]
+                at += 1
+    return missing
 
 
 @lean
@@ -104,6 +117,8 @@ def rise_batch(
     for i in range(below.counts[PLAN_HITS]):
         if risen == most:
             break
+        if i + MISSES_AHEAD < below.counts[PLAN_HITS]:
+            ask_miss(state, keys[below.all_held[i + MISSES_AHEAD]])
         source = below.all_held[i]
         if pending[source] != 0:
             continue

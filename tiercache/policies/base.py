@@ -47,17 +47,23 @@ class Policy(NamedTuple):
 
 
 def bind(
-    state_type: Any, *, on_hit: Callable[..., Any], on_miss: Callable[..., Any], ask: Callable[..., Any] | None = None
+    state_type: Any,
+    *,
+    on_hit: Callable[..., Any],
+    on_miss: Callable[..., Any],
+    ask: Callable[..., Any] | None = None,
+    ask_miss: Callable[..., Any] | None = None,
 ) -> None:
     """Tie a policy's compiled functions to the type of its state."""
     state_type.on_hit = staticmethod(on_hit)
     state_type.on_miss = staticmethod(on_miss)
     state_type.ask = staticmethod(_ask_nothing if ask is None else ask)
+    state_type.ask_miss = staticmethod(_ask_nothing if ask_miss is None else ask_miss)
 
 
 @lean
-def _ask_nothing(state: Any, slot: int) -> None:
-    """For a policy whose hits read no memory of their own."""
+def _ask_nothing(state: Any, slot_or_key: int) -> None:
+    """For a policy that reads no memory of its own then."""
 
 
 def on_hit(state: Any, keys: Any, slot: int) -> None:
@@ -73,6 +79,11 @@ def on_miss(state: Any, keys: Any, pins: Any, key: int) -> int:
 def ask(state: Any, slot: int) -> None:
     """A hit of this slot may follow: ask for the memory that `on_hit` will read."""
     type(state).ask(state, slot)
+
+
+def ask_miss(state: Any, key: int) -> None:
+    """A miss of this key may follow: ask for the memory that `on_miss` will read."""
+    type(state).ask_miss(state, key)
 
 
 @overload(on_hit, jit_options={"forceinline": True})
@@ -91,3 +102,9 @@ def _on_miss(state, keys, pins, key):  # type: ignore[no-untyped-def]
 def _ask(state, slot):  # type: ignore[no-untyped-def]
     function = state.instance_class.ask
     return lambda state, slot: function(state, slot)
+
+
+@overload(ask_miss, jit_options={"forceinline": True})
+def _ask_miss(state, key):  # type: ignore[no-untyped-def]
+    function = state.instance_class.ask_miss
+    return lambda state, key: function(state, key)

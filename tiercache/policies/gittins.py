@@ -70,7 +70,7 @@ _EPOCH = 1 << 39
 """Times of samples are modulo this, which is longer than anything is remembered."""
 _SCALE = float(1 << 30)
 _NEVER = 1 << 62
-_USED, _CLOCK, _DRAWS, _SHIFT, _SAMPLE_MASK, _GROUP, _LESSON, _INTERVAL, _HAND = range(9)
+_USED, _CLOCK, _DRAWS, _SHIFT, _SAMPLE_MASK, _GROUP, _LESSON, _INTERVAL, _HAND, _LEFT, _LEFT_USES, _LEFT_AT = range(12)
 
 
 class State(NamedTuple):
@@ -85,8 +85,10 @@ class State(NamedTuple):
     reached  int64[classes, 65]     differences of: sampled rows that reached an age, faded
     worth    int32[classes, 64]     index: hits per unit of time, scaled
     age_of   uint8[8192]            column of an age
-    book     int64[9]               slots handed out; accesses; neighbourhoods drawn; log2 of the unit of time; a sampled row's
-                                    hash has no bit of this mask; class to learn next, when, accesses in between; the hand
+    book     int64[12]              slots handed out; accesses; neighbourhoods drawn; log2 of the unit of time; a sampled row's
+                                    hash has no bit of this mask; class to learn next, when, accesses in between; the hand;
+                                    the row that left last or EMPTY, its uses, and when: it is remembered at the next miss,
+                                    when its line of ghosts has come
     uses     float64[64]            of a lesson: uses of a run of ages, its time, and the age behind it
     time     float64[64]
     end      int64[64]
@@ -121,7 +123,7 @@ def init(capacity: int) -> State:
         np.zeros((_CLASSES, _COLUMNS + 1), np.int64),
         _first_guess(),
         np.array([_column(age) for age in range(_LAST_AGE + 1)], np.uint8),
-        np.array([0, 0, 0, shift, (1 << rarity) - 1, 0, 0, interval, 0], np.int64),
+        np.array([0, 0, 0, shift, (1 << rarity) - 1, 0, 0, interval, 0, EMPTY, 0, 0], np.int64),
         np.zeros(_COLUMNS),
         np.zeros(_COLUMNS),
         np.zeros(_COLUMNS, np.int64),
@@ -175,9 +177,20 @@ def ask(state: State, slot: int) -> None:
     prefetch(state.words.ctypes.data + 2 * slot)
 
 
+@inlined
+def ask_miss(state: State, key: int) -> None:
+    """The key's line of ghosts, and its place among the samples."""
+    prefetch(_ghosts_at(state, key))
+    if mix(key + 1) & state.book[_SAMPLE_MASK] == 0:
+        prefetch(state.samples.ctypes.data + 8 * ((mix(key) * state.samples.size) >> 32))
+
+
 @lean
 def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """The slot of the lowest index among those looked at."""
+    if state.book[_LEFT] != EMPTY:
+        _remember(state, state.book[_LEFT], state.book[_LEFT_USES], state.book[_LEFT_AT])
+        state.book[_LEFT] = EMPTY
     now = _tick(state)
     bits = mix(key + 1)
     uses = min(_recall(state, key, bits) + 1, _MOST_USES)
@@ -190,10 +203,12 @@ def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     else:
         slot = _victim(state, pins, now, int64(state.worth[group, 0]))
         if slot < 0:
-            _remember(state, key, uses)
+            _remember(state, key, uses, now)
             return int64(BYPASS)
         if keys[slot] != EMPTY:
-            _remember(state, keys[slot], (int64(state.words[slot]) >> 2) & 15)
+            prefetch(_ghosts_at(state, keys[slot]))
+            state.book[_LEFT], state.book[_LEFT_USES] = keys[slot], (int64(state.words[slot]) >> 2) & 15
+            state.book[_LEFT_AT] = now
     state.words[slot] = (((now >> state.book[_SHIFT]) & (_TURN - 1)) << 6) | group
     return slot
 
@@ -266,10 +281,22 @@ def _look(state: State, pins: Any, now: int, lines: int, careful: bool) -> tuple
     return met, best, lowest
 
 
+@inlined
+def _ghosts_at(state: State, key: int) -> int:
+    """Address of a key's line of ghosts."""
+    return state.ghosts.ctypes.data + 2 * _GHOSTS * _line_of(state, key)
+
+
+@inlined
+def _line_of(state: State, key: int) -> int:
+    """The line of ghosts of a key."""
+    return (mix(key) * state.ghosts.shape[0]) >> 32
+
+
 @lean
 def _recall(state: State, key: int, bits: int) -> int:
     """Uses of a row before it left, or 0; they are forgotten here, as the row is back."""
-    line = (mix(key) * state.ghosts.shape[0]) >> 32
+    line = _line_of(state, key)
     mark = (bits >> 8) & 0xFFF
     for place in range(_GHOSTS):
         ghost = int64(state.ghosts[line, place])
@@ -280,11 +307,11 @@ def _recall(state: State, key: int, bits: int) -> int:
 
 
 @lean
-def _remember(state: State, key: int, uses: int) -> None:
-    """Remember a row that leaves, in place of the least used of four. If they all were used again, they age."""
-    line = (mix(key) * state.ghosts.shape[0]) >> 32
+def _remember(state: State, key: int, uses: int, now: int) -> None:
+    """Remember a row that left, in place of the least used of four. If they all were used again, they age."""
+    line = _line_of(state, key)
     bits = mix(key + 1)
-    start = state.book[_CLOCK] & (_GHOSTS - 4)
+    start = now & (_GHOSTS - 4)
     fewest, place = int64(_MOST_USES + 1), int64(0)
     for candidate in range(start, start + 4):
         found = int64(state.ghosts[line, candidate]) & 15
@@ -380,5 +407,5 @@ def check(state: State, keys: npt.NDArray[np.int64]) -> None:
     assert state.book[_LESSON] - state.book[_CLOCK] <= state.book[_INTERVAL], "the next lesson is too late"
 
 
-bind(State, on_hit=on_hit, on_miss=on_miss, ask=ask)
+bind(State, on_hit=on_hit, on_miss=on_miss, ask=ask, ask_miss=ask_miss)
 POLICY = Policy("gittins", init, check)
