@@ -148,6 +148,21 @@ def test_a_ticket_is_open_until_it_is_taken_or_cancelled(store):
     assert not cancelled.open
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_a_ticket_knows_the_indices_that_it_was_asked_for_by(dtype):
+    with Store.open({}, tables={"first": WEIGHT, "second": WEIGHT[:9]}) as store:
+        asked = torch.tensor([[3, 1], [4, 1]])
+        ticket = store.prefetch(asked, table="second")
+        for same in (asked.to(dtype), asked.t().contiguous().t()):
+            assert ticket.asks_for(same)
+        for other in (asked.view(-1), asked + 1, asked.flip(0), asked[:1], asked.double(), asked.to("meta")):
+            assert not ticket.asks_for(other)
+        asked.fill_(0)
+        assert not ticket.asks_for(asked)
+        ticket.cancel()
+        assert not ticket.asks_for(torch.tensor([[3, 1], [4, 1]]))
+
+
 def test_errors_are_those_of_the_store(embedding, store):
     for call in (embedding, embedding.prefetch):
         with pytest.raises(IndexError, match="row 50 at position"):

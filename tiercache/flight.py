@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tiercache.request import are_rows
+
 if TYPE_CHECKING:
     import torch
 
@@ -19,18 +21,21 @@ if TYPE_CHECKING:
 class Flight:
     """What one fetch holds until it has landed: room for its plan, pinned slots, a staging area, reads on their way.
 
+    `rows` are the store's row numbers asked for, int64[n].
     `staged` is the number of rows of `staging` in use. `event` is behind the work of a device's streams that reads its slots.
     `ended` is set when nobody waits for it any more.
     `borrowed` are slots (int32[b]) that other flights' reads are to fill, with the rows (int64[b]) wanted from them.
     """
 
     __slots__ = (
-        "borrowed", "borrowed_rows", "ended", "event", "job", "plan", "shape", "staged", "staging", "table",
+        "borrowed", "borrowed_rows", "ended", "event", "job", "plan", "rows", "shape", "staged", "staging", "table",
     )  # fmt: skip
 
-    def __init__(self, table: "Table", shape: tuple[int, ...], plan: "StackPlan") -> None:
+    def __init__(
+        self, table: "Table", rows: npt.NDArray[np.int64], shape: tuple[int, ...], plan: "StackPlan"
+    ) -> None:
         self.table = table
-        self.shape = shape
+        self.rows, self.shape = rows, shape
         self.plan = plan
         self.staging: npt.NDArray[np.uint8] = _NOTHING
         self.staged = 0
@@ -78,6 +83,11 @@ class Ticket:
         """Whether `take` would not wait for reads of its own."""
         flight = self._flight
         return flight is None or flight.brought
+
+    def asks_for(self, indices: "torch.Tensor") -> bool:
+        """Whether its rows were asked for by these indices, in this shape. False once it was taken or cancelled."""
+        flight = self._flight
+        return flight is not None and tuple(indices.shape) == flight.shape and are_rows(indices, flight.table, flight.rows)
 
     def take(self, stream: Any = None, *, out: "torch.Tensor | None" = None, raw: bool = False) -> "torch.Tensor":
         """The rows, as `Store.fetch` returns them; waits for what has not arrived.

@@ -78,7 +78,7 @@ class StaticFetch:
         self._retire(before, stream)
         if before is not None and before.event is not None:
             before.event.wait()
-        flight = Flight(self._table, shape, self._tier.room(rows.size))
+        flight = Flight(self._table, rows, shape, self._tier.room(rows.size))
         flight.staging = self._staging[half * rows.size : (half + 1) * rows.size]
         try:
             self._store._load(flight, rows)

@@ -31,7 +31,7 @@ def rows_of(indices: Any, table: Table, device: torch.device) -> tuple[npt.NDArr
     """(rows of the store int64[n], shape asked for). TypeError for what is not integers, IndexError for the first bad row."""
     if isinstance(indices, torch.Tensor):
         check_tensor(with_values(indices, "indices"), device)
-        array = indices.cpu().numpy()
+        array = (indices if indices.device.type == "cpu" else indices.cpu()).numpy()
     else:
         array = np.asarray(indices)
         if array.size == 0 and not isinstance(indices, np.ndarray):
@@ -67,8 +67,16 @@ def check_tensor(indices: torch.Tensor, device: torch.device) -> None:
     """TypeError for indices on a device or of a dtype that a store on `device` does not take. Needs no values."""
     if indices.device.type not in ("cpu", device.type):
         raise TypeError(f"indices are on {indices.device}; this store takes them on the CPU{_or(device)}")
-    if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
+    if indices.dtype not in _INTEGERS:
         raise TypeError(f"indices are {indices.dtype}; row numbers are integers")
+
+
+def are_rows(indices: torch.Tensor, table: Table, rows: npt.NDArray[np.int64]) -> bool:
+    """Whether `rows_of` gave these rows of the store, int64[n], for such indices. As many are asked about."""
+    if indices.dtype not in _INTEGERS or indices.is_meta:
+        return False
+    array = (indices if indices.device.type == "cpu" else indices.cpu()).numpy()
+    return bool(_same(np.ascontiguousarray(array).reshape(-1), table.base, rows))
 
 
 def with_values(tensor: torch.Tensor, name: str) -> torch.Tensor:
@@ -82,6 +90,20 @@ def with_values(tensor: torch.Tensor, name: str) -> torch.Tensor:
     else:
         return tensor
     raise TypeError(f"{name} have no values: {kind}; code that is traced calls tiercache.as_operator(store) instead")
+
+
+_INTEGERS = frozenset(
+    (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+)
+
+
+@jit
+def _same(indices: Any, base: int, rows: Any) -> bool:
+    """Whether rows[i] = base + indices[i]."""
+    different = np.int64(0)
+    for i in range(indices.size):
+        different |= (base + np.int64(indices[i])) ^ rows[i]
+    return different == 0
 
 
 @jit

@@ -223,7 +223,7 @@ class Store:
         wanted = self._table(table)
         rows, shape = rows_of(indices, wanted, self._top.torch_device)
         result, records = self._outputs(wanted, shape, rows.size, stream, out, raw)
-        flight = Flight(wanted, shape, self._top.room(rows.size))
+        flight = Flight(wanted, rows, shape, self._top.room(rows.size))
         self._require_here()
         try:
             with self._lock:
@@ -254,7 +254,7 @@ class Store:
             raise ValueError(f"deadline = {deadline!r}: allowed are seconds from now, 0 or more")
         rows, shape = rows_of(indices, wanted, self._top.torch_device)
         due = time.monotonic_ns() + (_PATIENCE_NS if deadline is None else int(min(deadline, 1e9) * 1e9))
-        flight = Flight(wanted, shape, self._top.room(rows.size))
+        flight = Flight(wanted, rows, shape, self._top.room(rows.size))
         try:
             self._plan(flight, rows)
             self._read(flight, due)

@@ -23,28 +23,27 @@ class Ahead:
         rows may be changed afterwards.
         """
         self.drop()
-        rows = rows.to("cpu", copy=True)
-        self._here.request = rows, self.store.prefetch(rows, table=self.table)
+        self._here.ticket = self.store.prefetch(rows.cpu(), table=self.table)
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
         """dtype[*rows.shape, dim], on the store's device: what `begin` brought, if it was these rows; read now, if not."""
         rows = rows.cpu()
-        request, self._here.request = self._here.request, None
-        if request is not None and torch.equal(request[0], rows):
-            return request[1].take()
-        if request is not None:
-            request[1].cancel()
+        ticket, self._here.ticket = self._here.ticket, None
+        if ticket is not None and ticket.asks_for(rows):
+            return ticket.take()
+        if ticket is not None:
+            ticket.cancel()
         return self.store.fetch(rows, table=self.table)
 
     def drop(self) -> None:
         """Give up what is ahead."""
-        request, self._here.request = self._here.request, None
-        if request is not None:
-            request[1].cancel()
+        ticket, self._here.ticket = self._here.ticket, None
+        if ticket is not None:
+            ticket.cancel()
 
 
 class _Here(threading.local):
-    request: tuple[torch.Tensor, Ticket] | None = None
+    ticket: Ticket | None = None
 
 
 def without_rows(width: int, dtype: torch.dtype, device: torch.device | None = None) -> nn.Parameter:

@@ -11,7 +11,7 @@ with the store, a sample of rows of each, and left where they are.
 import warnings
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -27,11 +27,6 @@ _PENDING = 8
 
 _SAMPLE = 16
 """Rows of a checkpoint's table that are compared with the store's."""
-
-
-class _Prefetch(NamedTuple):
-    indices: torch.Tensor
-    ticket: Ticket
 
 
 class TieredEmbedding(nn.Module):
@@ -51,7 +46,7 @@ class TieredEmbedding(nn.Module):
         self.num_embeddings = store.num_rows(self.table)
         self.embedding_dim = store.dim(self.table)
         self._rows = as_operator(store, self.table)
-        self._pending: deque[_Prefetch] = deque(maxlen=_PENDING)
+        self._pending: deque[Ticket] = deque(maxlen=_PENDING)
 
     @classmethod
     def open(cls, config: Any, table: str | None = None, *, tables: Mapping[str, Source | Any] | None = None) -> Self:
@@ -69,26 +64,25 @@ class TieredEmbedding(nn.Module):
         """
         if not isinstance(indices, torch.Tensor):
             raise TypeError(f"indices are a {type(indices).__name__}; allowed is a torch.Tensor")
-        indices = indices.clone()
         ticket = self.store.prefetch(indices, deadline=deadline, table=self.table)
-        self._pending.append(_Prefetch(indices, ticket))
+        while self._pending and not self._pending[0].open:
+            self._pending.popleft()
+        self._pending.append(ticket)
         return ticket
 
     def drop(self) -> None:
         """Cancel every prefetch that waits for its forward: what has not been read yet is not read."""
         while self._pending:
-            self._pending.popleft().ticket.cancel()
+            self._pending.popleft().cancel()
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """The rows, without a gradient. In a graph that is traced the fetch is `as_operator`'s, which finds prefetched rows
         in the tier."""
         if not torch.compiler.is_compiling():
-            for place, (prefetched, ticket) in enumerate(self._pending):
-                if _same(prefetched, indices):
+            for place, ticket in enumerate(self._pending):
+                if ticket.asks_for(indices):
                     del self._pending[place]
-                    if ticket.open:
-                        return ticket.take()
-                    break
+                    return ticket.take()
         return self._rows(indices)
 
     def extra_repr(self) -> str:
@@ -171,9 +165,3 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """bool[n], which rows of [n, width] are the same numbers; NaN is NaN."""
     one, other = one.double(), other.double()
     return ((one == other) | (one.isnan() & other.isnan())).all(1)
-
-
-def _same(prefetched: torch.Tensor, indices: torch.Tensor) -> bool:
-    """Whether two tensors of indices are one another's copies: of one shape, dtype and device."""
-    alike = prefetched.shape == indices.shape and prefetched.dtype == indices.dtype and prefetched.device == indices.device
-    return alike and torch.equal(prefetched, indices)

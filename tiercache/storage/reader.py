@@ -123,7 +123,8 @@ class FileReader:
             self._layout, self._files, rows, places, targets, self._alignment, self._slot_bytes
         )
         wanted_at = np.empty(wanted.size, np.int64)
-        addresses(self._layout, wanted, wanted_at)
+        if wanted.size:
+            addresses(self._layout, wanted, wanted_at)
         memory, result = (reads, pieces, wanted_at), np.zeros(8, np.int64)
         queue, underway = self._engine.queue, self._engine.underway
         try:
