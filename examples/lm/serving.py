@@ -4,11 +4,14 @@ The table lies on disk, ten times as large as the tier in host memory. Texts tha
 that has many sequences at once: a prompt each, then token after token, each step's token from the text, so that all three
 compute the same. They take turns at every step, in changing order, so that what else the machine does hits all alike; each has
 its own caches and, where it has tiers, its own store. A step's rows are asked for when its tokens are known, never sooner.
+The models compute on one core and the stores' threads read on the others, as on a server, whose computing threads are bound:
+else the kernel may let a thread that a disk wakes take a model's core away, for half a millisecond a step.
 """
 
+import os
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
@@ -90,15 +93,30 @@ def serve(
     rounds += torch.split(text.windows(length, traffic.rounds * each), each)
     with ExitStack() as stack:
         models = {KINDS[0]: model}
+        first, *others = sorted(os.sched_getaffinity(0))
         for kind in KINDS[1:]:
-            models[kind] = with_engram(model.sizes, Clocked(stack.enter_context(Store.open(config)))).eval()
+            with _on(others or [first]):  # where the thread that opens a store runs, its threads run
+                store = stack.enter_context(Store.open(config))
+            models[kind] = with_engram(model.sizes, Clocked(store)).eval()
             models[kind].load_state_dict(model.state_dict(), assign=True)
+        stack.enter_context(_on([first]))
         results = {kind: Served() for kind in KINDS}
         for number, tokens in enumerate(rounds):
             timed = {kind: results[kind] if number >= traffic.warm else Served() for kind in KINDS}
             _round(models, tokens, traffic, timed, number)
             told()
     return results, {"table": num_bytes, **tiers}
+
+
+@contextmanager
+def _on(cores: list[int]) -> Iterator[None]:
+    """This thread, and those that it begins, run on these cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @torch.inference_mode()
