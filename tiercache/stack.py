@@ -28,6 +28,7 @@ from tiercache.level import (
     new_plan,
 )
 from tiercache.native import lean
+from tiercache.tap import TAPS, fill
 
 
 class StackPlan:
@@ -88,8 +89,9 @@ def plan_stack(
 def find_above(
     slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, plan: Plan, idly: bool
 ) -> int:
-    """`find_batch`, and note for the curve what was asked for."""
+    """`find_batch`; what was asked for is noted for the curve and copied for whoever records it."""
     note_rows(counters, rows, 0)
+    fill(counters[TAPS], rows)
     return find_batch(slots, table, seen, counters, state, rows, plan, idly)
 
 

@@ -307,7 +307,8 @@ class Store:
         self._require_here()
         with self._lock:
             self._require_open()
-            return Recorder(Path(path), self.recorded_tables(), self._lock, self._recorders)
+            counters = self._top.level.counters
+            return Recorder(Path(path), self.recorded_tables(), self._lock, self._recorders, counters)
 
     def recorded_tables(self) -> list[RecordedTable]:
         """What a recording says of the tables, in the order of their rows."""
@@ -442,8 +443,9 @@ class Store:
 
     def _begin(self, flight: Flight, rows: npt.NDArray[np.int64], *, served: bool = False) -> None:
         """A flight was planned: count it, and see which slots it waits for that other flights' reads fill. Under the lock."""
-        for recorder in self._recorders:
-            recorder.add(flight.table.base, rows)
+        if not rows.size:
+            for recorder in self._recorders:
+                recorder.add(flight.table.base, rows)
         self._fetches += 1
         self._rows += flight.plan.where.size
         if served:
