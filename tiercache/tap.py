@@ -34,13 +34,14 @@ TAPS = 8
 """Column of a level's counters: the taps that batches are copied to, as `chain` says, or 0."""
 
 (
-    _NEXT, _ROWS_AT, _LIST_AT, _ROW_BYTES, _WAKE, _ONE, _HEAD, _SEEN, LISTED, DONE, TAKEN_BATCHES, TAKEN_ROWS, LOST_BATCHES,
-    LOST_ROWS, _UNTOLD_BATCHES, _UNTOLD_ROWS, STOPPED,
-) = range(17)  # fmt: skip
+    _NEXT, _ROWS_AT, _LIST_AT, _ROW_BYTES, _WAKE, _ONE, _HEAD, _TOP, _ROUND, _SEEN, LISTED, DONE, TAKEN_BATCHES,
+    TAKEN_ROWS, LOST_BATCHES, LOST_ROWS, _UNTOLD_BATCHES, _UNTOLD_ROWS, STOPPED,
+) = range(19)  # fmt: skip
 """Columns of a tap's counts. The address of the next tap's counts, or 0; those of the rings; bytes of a row in its ring; the
-descriptor that wakes the thread, and what is written to it; where the next row goes; rows that the thread has looked at;
-entries listed, and done with. Of the whole recording, batches and rows taken, and left out; those left out that no entry tells
-of yet; and whether all is left out from now on."""
+descriptor that wakes the thread, and what is written to it; where the next row goes; where it would have gone when rows last
+went to the start, and the entry with which they did; rows that the thread has looked at; entries listed, and done with. Of the
+whole recording, batches and rows taken, and left out; those left out that no entry tells of yet; and whether all is left out
+from now on."""
 
 _FIRST, _SIZE, _AT, _BATCHES = range(4)
 """Columns of an entry: a row of the batch's table, or LOST; rows; where they are in the ring; batches, more than one only where
@@ -159,7 +160,11 @@ def _put(address: int, first: int, rows: Any) -> None:
 
 @lean
 def _place(address: int, size: int, listed: int, done: int) -> int:
-    """Where a batch's rows go, or -1. Two entries must be free: one may tell of batches left out before."""
+    """Where a batch's rows go, or -1. Two entries must be free: one may tell of batches left out before.
+
+    Rows that went to the start may be caught between those that waited then: the next go behind these, and nothing goes to the
+    start again before they are done with.
+    """
     if listed - done + 2 > MOST_BATCHES:
         return -1
     head, tail = load64(address + 8 * _HEAD), int64(-1)
@@ -169,8 +174,12 @@ def _place(address: int, size: int, listed: int, done: int) -> int:
     if tail < 0:
         return 0 if size <= MOST_ROWS else -1
     if head < tail:
-        return head if head + size < tail else -1
-    if size < tail and (head >= 2 * WORTH_ROWS or head + size > MOST_ROWS):
+        if head + size < tail:
+            return head
+        head = load64(address + 8 * _TOP)
+    elif load64(address + 8 * _ROUND) <= done and size < tail and (head >= 2 * WORTH_ROWS or head + size > MOST_ROWS):
+        store64(address + 8 * _TOP, head)
+        store64(address + 8 * _ROUND, listed)
         return 0
     return head if head + size <= MOST_ROWS else -1
 
