@@ -33,7 +33,7 @@ def main() -> None:
     hot_sets = {policy: Path(arguments.dir) / f"{policy}.npy" for policy in POLICIES}
     steady = {}
     for policy in reversed(POLICIES):  # the default last
-        with Store.open(with_host(config, policy=policy)) as store:
+        with Store.open(_with_host(config, policy=policy)) as store:
             for first in track(range(0, arguments.batches - _BATCHES, 100), f"Warming {policy}", transient=True):
                 store.fetch(batches[first : first + 100])
             steady[policy] = _hit_rate(store, batches[arguments.batches - _BATCHES : arguments.batches])
@@ -77,7 +77,7 @@ def main() -> None:
 def _begun_with(policy: str, config: dict[str, Any], path: Path, batches: Rows, steady: float) -> list[Figure]:
     """How long a store takes to begin with a hot set, and what it serves then."""
     _forget(Path(config["table"][0]["path"]))
-    with Store.open(with_host(config, policy=policy, hot_set=path)) as store:
+    with Store.open(_with_host(config, policy=policy, hot_set=path)) as store:
         (loaded,) = store.stats().hot_sets
         warm = _hit_rate(store, batches)
     what = f"{policy}, begun with a hot set of {loaded.rows:,} rows ({path.stat().st_size / 2**20:.1f} MiB)"
@@ -87,7 +87,7 @@ def _begun_with(policy: str, config: dict[str, Any], path: Path, batches: Rows, 
     ]
 
 
-def with_host(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
+def _with_host(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
     """A config with more settings of its host tier."""
     return {**config, "host": {**config["host"], **settings}}
 
