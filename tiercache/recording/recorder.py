@@ -55,6 +55,7 @@ class _Writer:
     def __init__(self, descriptor: int, tap: Tap, bases: Rows, lock: Any) -> None:
         self.descriptor, self.tap, self.bases, self.lock = descriptor, tap, bases, lock
         self.closing = False
+        self.ending = threading.RLock()  # who says `closing` has woken the thread before it closes the descriptor
         self.bytes_written = 0
         self.error: OSError | None = None
         self._encoder = Encoder()
@@ -67,7 +68,8 @@ class _Writer:
         while not closing:
             if poll.poll(1000 * INTERVAL_S):
                 os.eventfd_read(self.tap.wake)
-            closing = self.closing
+            with self.ending:
+                closing = self.closing
             if closing:
                 with self.lock:
                     self.tap.counts[STOPPED] = 1  # nobody writes to the descriptor any more that is now closed
@@ -247,7 +249,8 @@ def _localise(rows: Any, sizes: Any, bases: Any) -> None:
 def _finish(process: int, thread: threading.Thread, writer: _Writer) -> None:
     """End the thread, in the process that began it only."""
     if process == os.getpid():
-        writer.closing = True
-        os.eventfd_write(writer.tap.wake, 1)
+        with writer.ending:
+            writer.closing = True
+            os.eventfd_write(writer.tap.wake, 1)
         if thread is not threading.current_thread():
             thread.join()
