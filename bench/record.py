@@ -1,7 +1,8 @@
 """Recording: what it adds to a fetch of resident rows, and what a row takes in the file.
 
 The same store, the same batches, with and without a recorder in turns. The rows are those that a text asks for (DeepSeek-V4.1's
-hashing of the shipped text, prompts in chunks and decode steps); a turn fetches batches of one size, cut from them.
+hashing of the shipped text, prompts in chunks and decode steps); a turn fetches batches of one size, cut from them. The cost is
+the time of the thread that fetches; the CPU of the process has that of the thread that packs and writes as well.
 """
 
 import tempfile
@@ -11,10 +12,11 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from _common import Computed, Figure, Rows, Sample, parser, report, timed
+from _common import Computed, Figure, Rows, parser, report, timed
 from rich.progress import track
 
 from tiercache import Store
@@ -24,8 +26,16 @@ from tiercache.lab.trace import serving
 from tiercache.recording.codec import Packer, unpack
 from tiercache.recording.recorder import BLOCK_ROWS
 
-SIZES = (48, 10_000)
-_TURN_S = 1.0
+SIZES = (48, 1_000, 100_000)
+_TURN_S = 0.5
+
+
+class _Turn(NamedTuple):
+    """Seconds a fetch: elapsed, CPU of the thread that fetches, CPU of the process."""
+
+    elapsed: float
+    thread: float
+    process: float
 
 
 def main() -> None:
@@ -58,7 +68,7 @@ def _fetches(rows: Rows, num_rows: int, size: int, directory: Path, rounds: int)
     batches = [torch.from_numpy(rows[start : start + size]) for start in range(0, rows.size - size, size)]
     out = torch.empty((size, source.record.record_bytes), dtype=torch.uint8)
     capacity = np.unique(rows).size * 2 * source.record.record_bytes
-    turns: dict[bool, list[Sample]] = {False: [], True: []}
+    turns: dict[bool, list[_Turn]] = {False: [], True: []}
     taken = dropped = num_bytes = 0
     with Store.open({"host": {"capacity": capacity}}, tables={"rows": source}) as store:
         for batch in batches:
@@ -77,37 +87,38 @@ def _fetches(rows: Rows, num_rows: int, size: int, directory: Path, rounds: int)
                 path.unlink()
             if number >= 2:
                 turns[recording].append(turn)
-    base, value = (1e6 * median(turn.seconds for turn in turns[recording]) for recording in (False, True))
-    base_cpu, cpu = (1e6 * median(turn.cpu_seconds for turn in turns[recording]) for recording in (False, True))
+    medians = [[1e6 * median(each) for each in zip(*turns[recording], strict=True)] for recording in (True, False)]
+    (value, base), (cpu, base_cpu), (all_cpu, base_all_cpu) = zip(*medians, strict=True)
     what = f"fetch of {size:,} resident rows, recorded"
     return [
         Figure(what, value, "us", "not recorded", base, at_most=1.02),
         Figure(f"{what}: CPU of the thread that fetches", cpu, "us", "not recorded", base_cpu, at_most=1.02),
+        Figure(f"{what}: CPU of the process", all_cpu, "us", "not recorded", base_all_cpu),
         Figure(f"{what}: bytes of the file", num_bytes / taken, "B/row"),
         Figure(f"{what}: batches dropped", dropped, "batches", at_most=0),
     ]
 
 
-def _turn(store: Store, asked: Iterator[torch.Tensor], out: torch.Tensor) -> Sample:
-    """Seconds a fetch, over about a second: elapsed, and of this thread's CPU."""
-    count, cpu, begin = 0, time.thread_time(), time.perf_counter()
-    while time.perf_counter() - begin < _TURN_S:
-        for batch in islice(asked, 64):
+def _turn(store: Store, asked: Iterator[torch.Tensor], out: torch.Tensor) -> _Turn:
+    """What a fetch takes, over about `_TURN_S`."""
+    clocks = time.perf_counter, time.thread_time, time.process_time
+    begin, count, batches = [clock() for clock in clocks], 0, max(1, 3072 // len(out))
+    while time.perf_counter() - begin[0] < _TURN_S:
+        for batch in islice(asked, batches):
             store.fetch(batch, out=out, raw=True)
             count += 1
-    return Sample((time.perf_counter() - begin) / count, (time.thread_time() - cpu) / count)
+    return _Turn(*((clock() - since) / count for clock, since in zip(clocks, begin, strict=True)))
 
 
 def _codec(rows: Rows) -> list[Figure]:
     """Time and bytes of packing alone."""
     packer = Packer()
     blocks = [rows[start : start + BLOCK_ROWS] for start in range(0, rows.size, BLOCK_ROWS)]
-    packed = [packer.pack(block) for block in blocks]
+    packed = [each._replace(bits=each.bits.copy(), sequences=each.sequences.copy()) for each in map(packer.pack, blocks)]
     num_bytes = sum(each.bits.nbytes + each.sequences.nbytes for each in packed)
     pack = [timed(lambda: [packer.pack(block) for block in blocks]).cpu_seconds for _ in range(5)]
-    copies = [each._replace(sequences=packer.pack(block).sequences.copy()) for each, block in zip(packed, blocks, strict=True)]
     sizes = [block.size for block in blocks]
-    back = [timed(partial(list, map(unpack, copies, sizes))).cpu_seconds for _ in range(5)]
+    back = [timed(partial(list, map(unpack, packed, sizes))).cpu_seconds for _ in range(5)]
     return [
         Figure("packing", 1e9 * median(pack) / rows.size, "CPU ns/row"),
         Figure("unpacking", 1e9 * median(back) / rows.size, "CPU ns/row"),

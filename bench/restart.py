@@ -1,13 +1,14 @@
-"""Restart: how fast a tier is warm again from its image, against reading its rows again, and what it then serves.
+"""Restart: how fast a tier is warm again from its image or a hot set, against reading its rows again; what it then serves.
 
-The rows asked for are Zipf-like (exponent 1, scattered over the table), 48 a batch. The image is read from the disk and not
-from the page cache.
+The rows asked for are Zipf-like (exponent 1, scattered over the table), 48 a batch. The image and the rows of a hot set are
+read from the disk and not from the page cache.
 """
 
 import os
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 from _common import GIB, ROW_BYTES, Figure, Rows, bench_table, parser, report
@@ -16,6 +17,7 @@ from rich.progress import track
 from tiercache import Store
 
 BATCH, _BATCHES = 48, 1000
+POLICIES = ("gittins", "s3fifo")
 
 
 def main() -> None:
@@ -28,14 +30,18 @@ def main() -> None:
     image = Path(arguments.dir) / "tiers.image"
     config = {"table": [{"path": table.path}], "host": {"capacity": int(arguments.capacity * GIB)}}
     batches = _zipf(table.num_rows, arguments.batches + _BATCHES)
-    with Store.open(config) as store:
-        for first in track(range(0, arguments.batches - _BATCHES, 100), "Warming"):
-            store.fetch(batches[first : first + 100])
-        steady = _hit_rate(store, batches[arguments.batches - _BATCHES : arguments.batches])
-        begin = time.perf_counter()
-        num_rows = store.save(image)
-        saving = time.perf_counter() - begin
-        held = store._host.level.slots["key"].copy()
+    hot_sets = {policy: Path(arguments.dir) / f"{policy}.npy" for policy in POLICIES}
+    steady = {}
+    for policy in reversed(POLICIES):  # the default last
+        with Store.open(_with_host(config, policy=policy)) as store:
+            for first in track(range(0, arguments.batches - _BATCHES, 100), f"Warming {policy}", transient=True):
+                store.fetch(batches[first : first + 100])
+            steady[policy] = _hit_rate(store, batches[arguments.batches - _BATCHES : arguments.batches])
+            store.save_hot_set(hot_sets[policy])
+            begin = time.perf_counter()
+            num_rows = store.save(image)
+            saving = time.perf_counter() - begin
+            held = store._host.level.slots["key"].copy()
     size = image.stat().st_size
     times = []
     for _ in range(4):  # the first compiles
@@ -59,10 +65,31 @@ def main() -> None:
         Figure("Store.open with restore", restoring, "s", "reading the rows again", reading, at_most=0.25),
         Figure("Store.open with restore", size / GIB / restoring, "GiB/s"),
         Figure("store.save", saving, "s"),
-        Figure(f"hit rate of the first {_BATCHES} batches, restored", warm, "", "steady", steady, at_least=0.9),
-        Figure(f"hit rate of the first {_BATCHES} batches, begun empty", cold, "", "steady", steady),
+        Figure(f"hit rate of the first {_BATCHES} batches, restored", warm, "", "steady", steady["gittins"], at_least=0.9),
+        Figure(f"hit rate of the first {_BATCHES} batches, begun empty", cold, "", "steady", steady["gittins"]),
     ]
+    for policy, path in hot_sets.items():
+        figures += _begun_with(policy, config, path, batches[arguments.batches :], steady[policy])
+        path.unlink()
     report("restart", f"Restart: a tier of {num_rows:,} rows of {ROW_BYTES} B", figures, arguments)
+
+
+def _begun_with(policy: str, config: dict[str, Any], path: Path, batches: Rows, steady: float) -> list[Figure]:
+    """How long a store takes to begin with a hot set, and what it serves then."""
+    _forget(Path(config["table"][0]["path"]))
+    with Store.open(_with_host(config, policy=policy, hot_set=path)) as store:
+        (loaded,) = store.stats().hot_sets
+        warm = _hit_rate(store, batches)
+    what = f"{policy}, begun with a hot set of {loaded.rows:,} rows ({path.stat().st_size / 2**20:.1f} MiB)"
+    return [
+        Figure(f"{what}: reading them", loaded.seconds, "s"),
+        Figure(f"{what}: hit rate of the first {_BATCHES} batches", warm, "", "steady", steady, at_least=0.9),
+    ]
+
+
+def _with_host(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """A config with more settings of its host tier."""
+    return {**config, "host": {**config["host"], **settings}}
 
 
 def _zipf(num_rows: int, num_batches: int) -> Rows:

@@ -1,11 +1,13 @@
 """From a config's tiers to levels, from levels to counts, and what a recording says of the tables."""
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from tiercache.config import TierConfig
+from tiercache.config import StoreConfig, TierConfig
 from tiercache.curve import Curve
 from tiercache.errors import ConfigError
 from tiercache.level import BYPASSES, HITS, MISSES, PINNED, Level
@@ -42,17 +44,49 @@ def level_of(
     return level
 
 
-def options_of(tier: str, config: TierConfig, num_rows: int) -> dict[str, Any]:
-    """Parameters of a tier's policy. ConfigError where a row of its hot set is none of the store's: it is of other tables."""
-    options: dict[str, Any] = dict(config.policy_options)
-    if config.hot_set is not None:
-        rows = read_rows(config.hot_set)
-        wrong = rows[(rows < 0) | (rows >= num_rows)]
-        if wrong.size:
-            path = str(config.hot_set)
-            raise ConfigError(f"{tier}.hot_set = {path!r}: has row {wrong[0]}; allowed are rows 0 to {num_rows - 1}")
-        options["hot_rows"] = rows
-    return options
+class Beginning(NamedTuple):
+    """What a config's tiers begin with, by name: the parameters of their policies, and the hot sets that are read at open."""
+
+    options: dict[str, dict[str, Any]]
+    hot_sets: dict[str, npt.NDArray[np.int64]]
+
+
+def beginning_of(config: StoreConfig, num_rows: int) -> Beginning:
+    """What the tiers of a config begin with over tables of `num_rows` rows. Errors are those of `hot_rows_of`.
+
+    The hot set of policy "static" is its parameter: it keeps these rows and no others, each from its first use on.
+    """
+    begin = Beginning({}, {})
+    for name, tier in (("device", config.device), ("host", config.host)):
+        if tier is None:
+            continue
+        begin.options[name] = dict(tier.policy_options)
+        if tier.hot_set is not None:
+            rows = hot_rows_of(name, tier.hot_set, num_rows)
+            if tier.policy == "static":
+                begin.options[name]["hot_rows"] = rows
+            else:
+                begin.hot_sets[name] = rows
+    return begin
+
+
+def hot_rows_of(tier: str, path: Path, num_rows: int) -> npt.NDArray[np.int64]:
+    """Rows of a tier's hot set, int64[n]. ConfigError where one is none of the store's, or is there twice; FormatError where
+    the file is no list of rows, StorageError where it cannot be read.
+    """
+    rows = read_rows(path)
+    where = f"{tier}.hot_set = {str(path)!r}"
+    wrong = (rows < 0) | (rows >= num_rows)
+    if wrong.any():
+        at = int(wrong.argmax())
+        raise ConfigError(f"{where}: at position {at} is row {rows[at]}; allowed are rows 0 to {num_rows - 1}")
+    _, first = np.unique(rows, return_index=True)
+    if first.size < rows.size:
+        again = np.ones(rows.size, bool)
+        again[first] = False
+        at = int(again.argmax())
+        raise ConfigError(f"{where}: at position {at} row {rows[at]} is there again; allowed is each row once")
+    return rows
 
 
 def stats_of(tier: HostTier | DeviceTier, row_ns: float) -> LevelStats:

@@ -100,12 +100,14 @@ class TierConfig(_Section):
     policy_options: dict[str, Annotated[int | float, BeforeValidator(_number)]] = {}
     """Parameters of the policy by name; each policy's file says which it takes."""
     hot_set: _Path | None = None
-    """.npy of row numbers of the store, hottest first: what the policy "static" keeps. It needs one, the others take none."""
+    """.npy of row numbers of the store, hottest first, such as `Store.save_hot_set` writes. The tier begins with as many of
+    them as it has room for, read at open, unless an image is restored to it. The policy "static" needs one: it keeps these
+    rows and no others, each from its first use on."""
 
     @model_validator(mode="after")
     def _static_has_a_hot_set(self) -> Self:
-        if (self.policy == "static") != (self.hot_set is not None):
-            raise ValueError('a hot_set belongs to policy "static", and "static" needs one')
+        if self.policy == "static" and self.hot_set is None:
+            raise ValueError('policy "static" needs a hot_set')
         return self
 
 

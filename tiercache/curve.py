@@ -25,7 +25,7 @@ from tiercache.native import int64, lean, prefetch
 from tiercache.policies.links import NEWER, members, new_rings, push, renew
 from tiercache.stats import CurvePoint
 
-LIMIT, NOTED, NEXT, FIRST_NOTE = 5, 6, 7, 8
+LIMIT, NOTED, NEXT, FIRST_NOTE = 5, 6, 7, 9
 """Columns of a level's counters: rows with a hash below this are watched; notes that wait; the position of the last batch
 where there was no more room for them, or its end; where the notes lie."""
 

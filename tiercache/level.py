@@ -19,6 +19,7 @@ from tiercache import index
 from tiercache.curve import FIRST_NOTE, NOTED, NOTES_DUE, Curve, note_rows
 from tiercache.native import int64, lean, prefetch
 from tiercache.policies.base import BYPASS, EMPTY, Policy, ask, ask_miss, on_hit, on_miss
+from tiercache.tap import TAPS, fill
 
 SLOT = np.dtype([("key", "i8"), ("stamp", "i4"), ("pins", "i2"), ("pending", "i1"), ("mark", "u1")])
 """Per slot: its row or EMPTY; the batch that last used it; plans that hold it; reads it waits for (negative: failed); a
@@ -203,6 +204,7 @@ def plan_batch(
 ) -> int:
     """Plan a batch. Bits: _SERVED, if every row was resident and `idly` said that this will do; _TAKE_NOTES."""
     note_rows(counters, rows, 0)
+    fill(counters[TAPS], rows)
     missing = find_batch(slots, table, seen, counters, state, rows, plan, idly)
     if missing > 0:
         counts = plan.counts

@@ -123,6 +123,7 @@ for _name in ("syscall", "pread64"):
 MUTEX_BYTES = 64
 """A zeroed block of this many bytes is an unlocked pthread mutex, or a condition variable without waiters (Linux)."""
 
+SYS_WRITE = {"x86_64": 1, "aarch64": 64}.get(platform.machine(), -1)
 SYS_IO_URING_SETUP, SYS_IO_URING_ENTER, SYS_IO_URING_REGISTER = 425, 426, 427
 SYS_STATX = {"x86_64": 332, "aarch64": 291}.get(platform.machine(), -1)
 
@@ -223,6 +224,32 @@ def fence() -> None:
 @overload(fence)
 def _fence_twin():  # type: ignore[no-untyped-def]
     return lambda: _fence()
+
+
+@intrinsic
+def _halve(context, destination, source):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        target = builder.inttoptr(arguments[0], ir.IntType(32).as_pointer())
+        origin = builder.inttoptr(arguments[1], ir.IntType(64).as_pointer())
+        builder.store(builder.trunc(builder.load(origin, align=8), ir.IntType(32)), target, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), emit
+
+
+def narrow(destination: int, source: int, count: int) -> None:
+    """Copy int64 as int32, their low halves, between two addresses that do not overlap."""
+    words = (ctypes.c_int64 * int(count)).from_address(int(source))
+    (ctypes.c_int32 * int(count)).from_address(int(destination))[:] = list(words)
+
+
+@overload(narrow)
+def _narrow(destination, source, count):  # type: ignore[no-untyped-def]
+    def halves(destination, source, count):  # type: ignore[no-untyped-def]
+        for i in range(count):
+            _halve(destination + 4 * i, source + 8 * i)
+
+    return halves
 
 
 PREFETCH_BYTES = 64

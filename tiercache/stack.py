@@ -30,6 +30,7 @@ from tiercache.level import (
 )
 from tiercache.native import lean
 from tiercache.policies.base import ask_miss
+from tiercache.tap import TAPS, fill
 
 
 class StackPlan:
@@ -94,8 +95,12 @@ def plan_stack(
 def find_above(
     slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, plan: Plan, absent: Any, rest: Any, idly: bool
 ) -> int:
-    """`find_batch`, and note for the curve what was asked for. Collects the positions that are missing, and their rows."""
+    """`find_batch`; what was asked for is noted for the curve and copied for whoever records it.
+
+    Collects the positions that are missing, and their rows.
+    """
     note_rows(counters, rows, 0)
+    fill(counters[TAPS], rows)
     missing = find_batch(slots, table, seen, counters, state, rows, plan, idly)
     if missing > 0:
         at = 0

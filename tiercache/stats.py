@@ -133,6 +133,14 @@ class RecordingStats(NamedTuple):
     error: str | None
 
 
+class HotSetStats(NamedTuple):
+    """A hot set that a tier began with: the tier's name, rows that were read, and seconds that this took."""
+
+    tier: str
+    rows: int
+    seconds: float
+
+
 class StoreStats(NamedTuple):
     """A whole store.
 
@@ -144,6 +152,7 @@ class StoreStats(NamedTuple):
     storage  the disk; None where every table is a source
     device   the tier above the host's, on a device; None without one
     recordings  those that go on
+    hot_sets  what the tiers began with
     """
 
     fetches: int
@@ -154,6 +163,7 @@ class StoreStats(NamedTuple):
     storage: StorageStats | None
     device: LevelStats | None = None
     recordings: tuple[RecordingStats, ...] = ()
+    hot_sets: tuple[HotSetStats, ...] = ()
 
     def report(self) -> str:
         """Some lines on each tier, to be read."""

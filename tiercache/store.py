@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tiercache import warm
-from tiercache.assemble import level_of, options_of, recorded_tables, stats_of
+from tiercache import hot, warm
+from tiercache.assemble import beginning_of, level_of, recorded_tables, stats_of
 from tiercache.config import StoreConfig
 from tiercache.errors import ClosedError, ConfigError, StorageError
 from tiercache.flight import Flight, Ticket
@@ -64,8 +64,11 @@ class Store:
         tables: Mapping[str, FileTable | Source],
         options: Mapping[str, Mapping[str, Any]],
         device: Device | None = None,
+        hot_sets: Mapping[str, npt.NDArray[np.int64]] | None = None,
     ) -> None:
-        """For `open`; tables are described and not yet open. options: of each tier's policy. device: for the config's."""
+        """For `open`; tables are described and not yet open. options: of each tier's policy. device: for the config's.
+        hot_sets: rows that tiers begin with.
+        """
         self.config = config
         self._process = os.getpid()
         self._lock = threading.RLock()
@@ -112,19 +115,14 @@ class Store:
             raise
         self._finalizer = weakref.finalize(self, _end, self._process, self._disk, self._sources, self._top, self._recorders)
         self._files = {name: table for name, table in tables.items() if isinstance(table, FileTable)}
-        self._restored: tuple[str, ...] = ()
-        if config.restore is not None:
-            try:
-                self._restored = self._restore(config.restore, num_rows)
-            except BaseException:
-                self.close()
-                raise
-        if config.trace is not None:
-            try:
+        try:
+            self._restored = () if config.restore is None else self._restore(config.restore, num_rows)
+            self._hot_sets = hot.load(self._tiers, hot_sets or {}, self._tables.values())
+            if config.trace is not None:
                 self.record(config.trace.path)
-            except BaseException:
-                self.close()
-                raise
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def open(
@@ -154,9 +152,8 @@ class Store:
         if not described:
             raise ConfigError("table: is required; a store needs at least one table")
         num_rows = sum(table.num_rows for table in described.values())
-        tiers = {"host": settings.host, "device": settings.device}
-        options = {name: options_of(name, tier, num_rows) for name, tier in tiers.items() if tier is not None}
-        store = cls(settings, described, options)
+        begin = beginning_of(settings, num_rows)
+        store = cls(settings, described, begin.options, hot_sets=begin.hot_sets)
         for note in (*(store._disk.notes if store._disk else ()), *store._restored):
             warnings.warn(f"tiercache: {note}", RuntimeWarning, stacklevel=2)
         return store
@@ -297,6 +294,18 @@ class Store:
             self._reap(len(self._abandoned))  # what has risen is then known to be there
         return warm.save(Path(path), self._tiers, about, self._stride, self._lock, self._require_open)
 
+    def save_hot_set(self, path: str | os.PathLike[str]) -> int:
+        """Save which rows the tiers hold, for the setting `hot_set` of a tier of the next store; how many they are.
+
+        int64 row numbers of the store in a .npy file: those of the device tier, then the others of the host tier, and in each
+        of them those first that were used last. Other threads may fetch meanwhile. A hot set that is there is replaced once
+        the new one is whole and on the disk. StorageError where it cannot be written, where something else is in its place, or
+        where somebody else is just writing it. A relative path begins at the current directory.
+        """
+        self._require_here()
+        self._require_open()
+        return hot.save(Path(path), [tier.level for tier in self._tiers.values()])
+
     def record(self, path: str | os.PathLike[str]) -> Recorder:
         """Begin to record the rows of every fetch and prefetch, in the order in which they are planned, until it is closed.
 
@@ -307,7 +316,8 @@ class Store:
         self._require_here()
         with self._lock:
             self._require_open()
-            return Recorder(Path(path), self.recorded_tables(), self._lock, self._recorders)
+            counters = self._top.level.counters
+            return Recorder(Path(path), self.recorded_tables(), self._lock, self._recorders, counters)
 
     def recorded_tables(self) -> list[RecordedTable]:
         """What a recording says of the tables, in the order of their rows."""
@@ -328,6 +338,7 @@ class Store:
                 storage=self._disk.stats() if self._disk else None,
                 device=None if self._device is None else stats_of(self._device, row_ns),
                 recordings=tuple(recorder.stats() for recorder in self._recorders),
+                hot_sets=self._hot_sets,
             )
 
     def check(self) -> None:
@@ -365,7 +376,7 @@ class Store:
         self.close()
 
     @property
-    def _tiers(self) -> dict[str, warm.Tier]:
+    def _tiers(self) -> dict[str, HostTier | DeviceTier]:
         """The tiers by name, the device's first."""
         return ({} if self._device is None else {"device": self._device}) | {"host": self._host}
 
@@ -442,8 +453,9 @@ class Store:
 
     def _begin(self, flight: Flight, rows: npt.NDArray[np.int64], *, served: bool = False) -> None:
         """A flight was planned: count it, and see which slots it waits for that other flights' reads fill. Under the lock."""
-        for recorder in self._recorders:
-            recorder.add(flight.table.base, rows)
+        if not rows.size:
+            for recorder in self._recorders:
+                recorder.add(flight.table.base, rows)
         self._fetches += 1
         self._rows += flight.plan.where.size
         if served:

@@ -7,7 +7,8 @@ from a trace: where several fetches are in flight, their pins keep slots that wo
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tiercache.assemble import level_of, options_of
+from tiercache import hot
+from tiercache.assemble import Beginning, beginning_of, level_of
 from tiercache.config import StoreConfig
 from tiercache.errors import ConfigError
 from tiercache.lab.simulator import Counts
@@ -30,20 +31,23 @@ class TierCounts(NamedTuple):
 def simulate_tiers(
     config: StoreConfig, tables: Sequence[RecordedTable], trace: Trace, *, on_batch: Callable[[], object] | None = None
 ) -> list[TierCounts]:
-    """The tiers of a config over tables of these sizes, the device's first; they begin empty. Rows are rows of the store.
+    """The tiers of a config over tables of these sizes, the device's first. Rows are rows of the store.
+
+    They begin with the config's hot sets, or empty: what an image would bring is not looked at.
 
     on_batch: called after each batch of a stack of two. ConfigError as from `Store.open`.
     """
     num_rows = sum(table.num_rows for table in tables)
     unit = 8 if config.device is None else 16
     stride = -(-max(table.record_bytes for table in tables) // unit) * unit
-    named = {"device": config.device, "host": config.host}
-    options = {name: options_of(name, tier, num_rows) for name, tier in named.items() if tier is not None}
-    host = level_of("host", config.host, options, stride, num_rows)
+    begin = beginning_of(config, num_rows)
+    host = level_of("host", config.host, begin.options, stride, num_rows)
     if config.device is None:
+        _begin({"host": host}, begin)
         host.replay(trace.rows, trace.offsets)
         return [_counts("host", host, stride)]
-    device = level_of("device", config.device, options, stride, num_rows)
+    device = level_of("device", config.device, begin.options, stride, num_rows)
+    _begin({"device": device, "host": host}, begin)
     most = config.device.promotion // stride
     if not most:
         raise ConfigError(f"device.promotion = {config.device.promotion}: holds no row of {stride} bytes")
@@ -56,6 +60,10 @@ def simulate_tiers(
         if on_batch is not None:
             on_batch()
     return [_counts("device", device, stride), _counts("host", host, stride)]
+
+
+def _begin(levels: dict[str, Level], begin: Beginning) -> None:
+    hot.release(levels, hot.admit(levels, begin.hot_sets))
 
 
 def _counts(tier: str, level: Level, stride: int) -> TierCounts:

@@ -15,7 +15,8 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tiercache.errors import FormatError
-from tiercache.recording.codec import Packed, Packer, pack_numbers, unpack, unpack_numbers
+from tiercache.native import lean, memcpy
+from tiercache.recording.codec import NUMBER_BYTES, Packed, Packer, num_words, pack_rows, put_all, unpack, unpack_numbers
 from tiercache.storage.checksum import xxh64
 
 MAGIC = b"TCrecord"
@@ -70,7 +71,7 @@ class Block(NamedTuple):
 
     tables: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
-    rows: npt.NDArray[np.int64]
+    rows: npt.NDArray[Any]
     dropped: tuple[int, int]
 
 
@@ -95,32 +96,72 @@ def end_block(dropped: tuple[int, int]) -> bytes:
     return _block(END, b"", dropped=dropped)
 
 
-def data_block(packer: Packer, block: Block) -> bytes:
-    """The bytes of a block of batches: at most MOST_ROWS rows, and as many batches."""
-    packed = packer.pack(block.rows)
-    lists = pack_numbers(np.stack([block.tables, block.sizes], 1).reshape(-1))
-    payload = packed.bits.tobytes() + lists.tobytes() + packed.sequences.tobytes()
-    return _block(
-        DATA,
-        payload,
-        width=packed.width,
-        num_batches=block.sizes.size,
-        num_rows=block.rows.size,
-        num_fresh=packed.num_fresh,
-        lists_bytes=lists.size,
-        dropped=block.dropped,
-    )
+class Encoder:
+    """Makes the bytes of blocks of batches; keeps the memory that this takes for the next ones."""
+
+    def __init__(self) -> None:
+        self._packer = Packer()
+        self._out = np.empty(0, np.int64)
+        self._facts = np.zeros(4, np.int64)
+
+    def encode(self, block: Block) -> npt.NDArray[np.uint8]:
+        """The bytes, good until the next call. At most MOST_ROWS rows, and as many batches."""
+        packer, facts = self._packer, self._facts
+        packer.make_room(block.rows.size)
+        lists = np.stack([block.tables, block.sizes], 1).reshape(-1)
+        most = 8 * block.rows.size + NUMBER_BYTES * lists.size + packer.sequences.size
+        if self._out.nbytes < HEADER.itemsize + most:
+            self._out = np.empty((HEADER.itemsize + most) // 8 + 1, np.int64)
+        words, data = self._out[HEADER.itemsize // 8 :], self._out.view(np.uint8)
+        num_bytes, payload_sum = encode(
+            block.rows, lists, packer.places, packer.sequences, words, words.view(np.uint8), facts
+        )
+        width, num_fresh, lists_bytes = facts[:3].tolist()
+        header = _header(
+            DATA,
+            num_bytes,
+            payload_sum,
+            width=width,
+            num_batches=block.sizes.size,
+            num_rows=block.rows.size,
+            num_fresh=num_fresh,
+            lists_bytes=lists_bytes,
+            dropped=block.dropped,
+        )
+        data[: HEADER.itemsize] = np.frombuffer(header, np.uint8)
+        return data[: HEADER.itemsize + num_bytes]
 
 
-def _block(kind: int, payload: bytes, *, dropped: tuple[int, int] = (0, 0), **fields: int) -> bytes:
+@lean
+def encode(
+    rows: Any, lists: Any, places: Any, sequences: Any, words: Any, out: Any, facts: Any
+) -> tuple[int, int]:
+    """Write a payload to `out`, whose memory is that of `words`: its bytes and its checksum.
+
+    facts: becomes width, fresh rows, and bytes of the lists. In one call, so that Python's lock is let go of and taken once.
+    """
+    sequences_bytes, num_fresh, width = pack_rows(rows, places, words, sequences)
+    lists_at = 8 * num_words(num_fresh, width)
+    end = lists_at + put_all(lists, out[lists_at:])
+    facts[0], facts[1], facts[2] = width, num_fresh, end - lists_at
+    memcpy(out.ctypes.data + end, sequences.ctypes.data, sequences_bytes)
+    end += sequences_bytes
+    return end, xxh64(out.ctypes.data, end)
+
+
+def _block(kind: int, payload: bytes, *, dropped: tuple[int, int] = (0, 0)) -> bytes:
+    return _header(kind, len(payload), _sum(payload), dropped=dropped) + payload
+
+
+def _header(kind: int, num_bytes: int, payload_sum: int, *, dropped: tuple[int, int], **fields: int) -> bytes:
     header = np.zeros(1, HEADER)
-    header["magic"], header["kind"], header["payload_bytes"] = MAGIC, kind, len(payload)
+    header["magic"], header["kind"], header["payload_bytes"] = MAGIC, kind, num_bytes
     header["dropped_batches"], header["dropped_rows"] = dropped
     for name, value in fields.items():
         header[name] = value
-    header["payload_sum"] = _sum(payload)
+    header["payload_sum"] = payload_sum
     header["header_sum"] = _sum(header.tobytes())
-    return header.tobytes() + payload
+    return header.tobytes()
 
 
 def _sum(data: bytes) -> int:

@@ -18,10 +18,16 @@ from tiercache.native import int64, lean
 _SHORTEST = 2
 """Rows of a repeat: one alone would take more bytes than its bits."""
 
-_STRIDE = 4
-"""The rows of an n-gram are 4 or more that repeat together."""
+_STRIDE = 8
+"""Rows that mostly repeat together: those of an n-gram's heads."""
 
-_NUMBER_BYTES = 5
+_PATIENCE, _PERIOD = 16, 128
+"""Rows looked for in vain before only one in _STRIDE is; how often _STRIDE in a row are looked for then."""
+
+_MOST_PLACES = 1 << 16
+"""Places of rows that are remembered: 256 KiB, which stay in a core's cache."""
+
+NUMBER_BYTES = 5
 """Of the longest number here, below 2**32."""
 
 
@@ -42,23 +48,26 @@ class Packer:
     """Packs rows; keeps the memory that this takes for the next ones."""
 
     def __init__(self) -> None:
-        self._last = np.empty(0, np.int32)
-        self._fresh = np.empty(0, np.int64)
-        self._sequences = np.empty(0, np.uint8)
+        self.places = np.empty(0, np.int32)
+        self.sequences = np.empty(0, np.uint8)
+        self._bits = np.empty(0, np.int64)
 
-    def pack(self, rows: npt.NDArray[np.int64]) -> Packed:
-        """Pack int64[n], not negative, n < 2**31. The sequences are good until the next call."""
-        if self._fresh.size < rows.size:
-            self._last = np.empty(1 << rows.size.bit_length(), np.int32)
-            self._fresh = np.empty(rows.size, np.int64)
-        longest = (rows.size // _SHORTEST + 1) * 3 * _NUMBER_BYTES
-        if self._sequences.size < longest:
-            self._sequences = np.empty(longest, np.uint8)
-        num_bytes, num_fresh, largest = _find(rows, self._last, self._fresh, self._sequences)
-        width = int(largest).bit_length()
-        bits = np.zeros(-(-num_fresh * width // 64), np.int64)
-        _pack_bits(self._fresh[:num_fresh], width, bits)
-        return Packed(bits, self._sequences[:num_bytes], width, int(num_fresh))
+    def make_room(self, num_rows: int) -> None:
+        """Be ready for this many rows."""
+        places = min(1 << num_rows.bit_length(), _MOST_PLACES)
+        if self.places.size < places:
+            self.places = np.empty(places, np.int32)
+        longest = (num_rows // _SHORTEST + 1) * 3 * NUMBER_BYTES
+        if self.sequences.size < longest:
+            self.sequences = np.empty(longest, np.uint8)
+
+    def pack(self, rows: npt.NDArray[Any]) -> Packed:
+        """Pack int32[n] or int64[n], not negative, below 2**62, n < 2**31. What comes back is good until the next call."""
+        self.make_room(rows.size)
+        if self._bits.size < rows.size:
+            self._bits = np.empty(rows.size, np.int64)
+        num_bytes, num_fresh, width = pack_rows(rows, self.places, self._bits, self.sequences)
+        return Packed(self._bits[: num_words(num_fresh, width)], self.sequences[:num_bytes], width, num_fresh)
 
 
 def unpack(packed: Packed, num_rows: int) -> npt.NDArray[np.int64]:
@@ -71,12 +80,6 @@ def unpack(packed: Packed, num_rows: int) -> npt.NDArray[np.int64]:
     return rows
 
 
-def pack_numbers(numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-    """Numbers below 2**32, int64[n], as LEB128."""
-    out = np.empty(numbers.size * _NUMBER_BYTES, np.uint8)
-    return out[: _put_all(numbers, out)]
-
-
 def unpack_numbers(packed: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.int64]:
     """The numbers, int64[count]. ValueError where that is not what was packed."""
     numbers = np.empty(count, np.int64)
@@ -86,7 +89,7 @@ def unpack_numbers(packed: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.
 
 
 @lean
-def _put(out: Any, at: int, number: int) -> int:
+def put(out: Any, at: int, number: int) -> int:
     """Write a number; where the next one goes."""
     while number > 127:
         out[at] = (number & 127) | 128
@@ -100,7 +103,7 @@ def _put(out: Any, at: int, number: int) -> int:
 def _get(packed: Any, at: int) -> tuple[int, int]:
     """A number, and where the next one is: -1 where this one does not end in time."""
     number = shift = 0
-    while at < packed.size and shift < 7 * _NUMBER_BYTES:
+    while at < packed.size and shift < 7 * NUMBER_BYTES:
         byte = int64(packed[at])
         number |= (byte & 127) << shift
         shift += 7
@@ -111,10 +114,11 @@ def _get(packed: Any, at: int) -> tuple[int, int]:
 
 
 @lean
-def _put_all(numbers: Any, out: Any) -> int:
+def put_all(numbers: Any, out: Any) -> int:
+    """Write numbers below 2**32; the bytes they take, NUMBER_BYTES each at most."""
     at = 0
     for i in range(numbers.size):
-        at = _put(out, at, numbers[i])
+        at = put(out, at, numbers[i])
     return at
 
 
@@ -129,22 +133,29 @@ def _get_all(packed: Any, numbers: Any) -> bool:
 
 
 @lean
-def _find(rows: Any, last: Any, fresh: Any, sequences: Any) -> tuple[int, int, int]:
-    """(bytes of sequences, fresh rows, largest of these). last: room for 2**k positions, one for each hash of a row.
+def num_words(num_fresh: int, width: int) -> int:
+    """64-bit words that fresh rows take."""
+    return (num_fresh * width + 63) >> 6
+
+
+@lean
+def pack_rows(rows: Any, places: Any, bits: Any, sequences: Any) -> tuple[int, int, int]:
+    """(bytes of sequences, fresh rows, their width). places: room for 2**k positions, one for each hash of a row.
 
     Where nothing repeats, one row in _STRIDE is looked for, and now and then _STRIDE in a row, which finds long repeats that
     are out of step. A repeat that one of its rows finds is followed both ways.
     """
-    for i in range(last.size):
-        last[i] = -1
-    mask = last.size - 1
-    at = num_fresh = largest = i = missed = 0
+    width = _width(rows)
+    for i in range(places.size):
+        places[i] = -1
+    mask = places.size - 1
+    at = num_fresh = i = missed = 0
     begin = 0  # of the fresh rows that no sequence has yet
     while i < rows.size:
         row = rows[i]
-        home = index.tag_of(row) & mask
-        before = int64(last[home])
-        last[home] = i
+        home = index.tag_of(int64(row)) & mask
+        before = int64(places[home])
+        places[home] = i
         length = back = 0
         if before >= 0 and rows[before] == row:
             while i + length < rows.size and rows[before + length] == rows[i + length]:
@@ -152,26 +163,32 @@ def _find(rows: Any, last: Any, fresh: Any, sequences: Any) -> tuple[int, int, i
             while back < before and i - back > begin and rows[before - back - 1] == rows[i - back - 1]:
                 back += 1
         if length + back < _SHORTEST:
-            i += 1 if missed < 16 or missed & 15 < _STRIDE else _STRIDE
+            i += 1 if missed < _PATIENCE or missed % _PERIOD < _STRIDE else _STRIDE
             missed += 1
             continue
         missed = 0
-        for k in range(begin, i - back):
-            fresh[num_fresh] = rows[k]
-            largest = max(largest, rows[k])
-            num_fresh += 1
-        at = _put(sequences, _put(sequences, _put(sequences, at, i - back - begin), back + length), i - before)
+        at = put(sequences, put(sequences, put(sequences, at, i - back - begin), back + length), i - before)
+        num_fresh = _pack_bits(rows[begin : i - back], width, bits, num_fresh)
         for k in range(i + _STRIDE, i + length, _STRIDE):
-            last[index.tag_of(rows[k]) & mask] = k
+            places[index.tag_of(int64(rows[k])) & mask] = k
         i += length
         begin = i
     if begin < rows.size:
-        at = _put(sequences, _put(sequences, at, rows.size - begin), 0)
-        for k in range(begin, rows.size):
-            fresh[num_fresh] = rows[k]
-            largest = max(largest, rows[k])
-            num_fresh += 1
-    return at, num_fresh, largest
+        at = put(sequences, put(sequences, at, rows.size - begin), 0)
+        num_fresh = _pack_bits(rows[begin:], width, bits, num_fresh)
+    return at, num_fresh, width
+
+
+@lean
+def _width(rows: Any) -> int:
+    """Bits of the largest row."""
+    union = int64(0)
+    for i in range(rows.size):
+        union |= int64(rows[i])
+    width = 0
+    while union >> width != 0:
+        width += 1
+    return width
 
 
 @lean
@@ -199,16 +216,22 @@ def _expand(fresh: Any, sequences: Any, rows: Any) -> bool:
 
 
 @lean
-def _pack_bits(fresh: Any, width: int, bits: Any) -> None:
-    bit = 0
-    for i in range(fresh.size):
-        if width == 0:
-            return
-        word, shift = bit >> 6, bit & 63
-        bits[word] |= fresh[i] << shift
-        if shift + width > 64:
-            bits[word + 1] |= fresh[i] >> (64 - shift)
-        bit += width
+def _pack_bits(rows: Any, width: int, bits: Any, num_fresh: int) -> int:
+    """Write rows behind the fresh ones that are there; how many these are then."""
+    word, used = num_fresh * width >> 6, num_fresh * width & 63
+    filling = bits[word] if used > 0 else int64(0)
+    for i in range(rows.size if width > 0 else 0):
+        row = int64(rows[i])
+        filling |= row << used
+        used += width
+        if used >= 64:
+            bits[word] = filling
+            word += 1
+            used -= 64
+            filling = row >> (width - used)
+    if used > 0:
+        bits[word] = filling
+    return num_fresh + rows.size
 
 
 @lean

@@ -1,14 +1,15 @@
 """Recorder: writes what a store is asked for to a file, behind the back of whoever asks.
 
-A fetch copies its rows to one of two buffers, in one compiled call. A thread takes the buffer, at the latest after a second,
-packs it and writes it, without holding Python's lock for more than moments. If a buffer is full before the thread is done with
-the other, whole batches are left out and counted; nobody ever waits. Each block is one write: what a killed process leaves can
-be read up to its last whole block.
+A batch's rows are copied to a tap as it is planned (`tap.py`). A thread looks at what waits there, at the latest after a
+second, packs it and writes it: it takes no lock of the store's, and Python's for moments. If it is too slow, whole batches are
+left out and counted; nobody ever waits. Each block is one write: what a killed process leaves can be read up to its last whole
+block.
 """
 
 import errno
 import fcntl
 import os
+import select
 import threading
 import weakref
 from collections.abc import Iterator
@@ -16,143 +17,141 @@ from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import int64, lean, memcpy, store64
-from tiercache.recording.blocks import Block, RecordedTable, bases_of, data_block, end_block, head_block, whole_bytes
-from tiercache.recording.codec import Packer
+from tiercache.native import lean
+from tiercache.recording.blocks import Block, Encoder, RecordedTable, bases_of, end_block, head_block, whole_bytes
 from tiercache.stats import RecordingStats
 from tiercache.storage.table import failures, storage_error
+from tiercache.tap import (
+    LOST,
+    LOST_BATCHES,
+    LOST_ROWS,
+    STOPPED,
+    TAKEN_BATCHES,
+    TAKEN_ROWS,
+    TAPS,
+    WORTH_ROWS,
+    Tap,
+    Waiting,
+    chain,
+)
 
 Rows = npt.NDArray[np.int64]
 
 INTERVAL_S = 1.0
 """After which what has come together is written, however little it is."""
 
-BLOCK_ROWS = 1 << 17
+BLOCK_ROWS = WORTH_ROWS
 """Rows that are worth a block: more of them repeat more, and are longer in coming."""
 
-BUFFER_ROWS = 1 << 22
-"""Rows that a buffer has room for, 32 MiB, taken page by page as they are needed. No larger batch is recorded."""
 
-BUFFER_BATCHES = 1 << 17
+class _Writer:
+    """What the thread has: where batches come from, and where they go."""
 
-_LOST = -1
-"""In place of a table's first row: this batch was left out."""
-
-_ROWS_AT, _LIST_AT, _USED, _LISTED, _MORE_BATCHES, _MORE_ROWS, _BATCHES, _ROWS, _LOST_BATCHES, _LOST_ROWS, _STOPPED = range(11)
-"""Columns of a recorder's counts: addresses of the buffer being filled, its rows and its list; rows and batches in it; batches
-and rows left out after all of these. Of the whole recording, batches and rows taken, and left out; and whether everything is
-left out from now on."""
-
-
-class _Buffer(NamedTuple):
-    """Batches that wait. Under the store's lock while it is filled, the thread's own afterwards.
-
-    rows     int64[BUFFER_ROWS], rows of the store
-    batches  int64[BUFFER_BATCHES, 2]: first row of the table, or _LOST, and number of rows
-    """
-
-    rows: Rows
-    batches: npt.NDArray[np.int64]
-
-
-class _Filled(NamedTuple):
-    """The part of a buffer in use, and how many (batches, rows) were left out after it."""
-
-    rows: Rows
-    batches: npt.NDArray[np.int64]
-    more: tuple[int, int]
-
-
-@lean
-def _put(counts: Any, base: int, rows: Any) -> bool:
-    """Copy a batch to the buffer, or count it as left out; whether the thread should look."""
-    size, used, listed = rows.size, counts[_USED], counts[_LISTED]
-    in_list = listed < BUFFER_BATCHES
-    taken = in_list and used + size <= BUFFER_ROWS and counts[_STOPPED] == 0
-    if in_list:
-        store64(counts[_LIST_AT] + 16 * listed, base if taken else int64(_LOST))
-        store64(counts[_LIST_AT] + 16 * listed + 8, size)
-        counts[_LISTED] = listed + 1
-    else:
-        counts[_MORE_BATCHES] += 1
-        counts[_MORE_ROWS] += size
-    if not taken:
-        counts[_LOST_BATCHES] += 1
-        counts[_LOST_ROWS] += size
-        return counts[_STOPPED] == 0
-    memcpy(counts[_ROWS_AT] + 8 * used, rows.ctypes.data, 8 * size)
-    counts[_USED] = used + size
-    counts[_BATCHES] += 1
-    counts[_ROWS] += size
-    return used < BLOCK_ROWS <= used + size or 2 * listed == BUFFER_BATCHES
-
-
-class _Inbox:
-    """Where batches wait: a buffer that is being filled, and one that was, or is still to be."""
-
-    def __init__(self) -> None:
-        self.counts = np.zeros(16, np.int64)
-        self._filling, self._spare = _new_buffer(), _new_buffer()
-        self._fill(self._filling)
+    def __init__(self, descriptor: int, tap: Tap, bases: Rows, lock: Any) -> None:
+        self.descriptor, self.tap, self.bases, self.lock = descriptor, tap, bases, lock
         self.closing = False
+        self.ending = threading.RLock()  # who says `closing` has woken the thread before it closes the descriptor
         self.bytes_written = 0
         self.error: OSError | None = None
+        self._encoder = Encoder()
 
-    def take(self) -> _Filled:
-        """What is waiting, good until the next call. Under the store's lock."""
-        used, listed, *more = self.counts[_USED:_BATCHES].tolist()
-        buffer = self._filling
-        self._filling, self._spare = self._spare, buffer
-        self._fill(self._filling)
-        return _Filled(buffer.rows[:used], buffer.batches[:listed], (more[0], more[1]))
+    def run(self) -> None:
+        """Write blocks until told to end."""
+        poll = select.poll()
+        poll.register(self.tap.wake, select.POLLIN)
+        lost, closing = (0, 0), False
+        while not closing:
+            if poll.poll(1000 * INTERVAL_S):
+                os.eventfd_read(self.tap.wake)
+            with self.ending:
+                closing = self.closing
+            if closing:
+                with self.lock:
+                    self.tap.counts[STOPPED] = 1  # nobody writes to the descriptor any more that is now closed
+                os.close(self.tap.wake)
+            for block, count in _blocks(self.tap.look(), self.tap.rows, self.bases, lost):
+                lost = (0, 0) if block.sizes.size else block.dropped
+                if block.sizes.size:
+                    self._write(block)
+                self.tap.done(count)
+        try:
+            if self.error is None:
+                untold = self.tap.untold()
+                _write_all(self.descriptor, end_block((lost[0] + untold[0], lost[1] + untold[1])))
+                os.fsync(self.descriptor)
+        except OSError as error:
+            self.error = error
+        finally:
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)  # a forked child may hold the file open
+            os.close(self.descriptor)
 
-    def _fill(self, buffer: _Buffer) -> None:
-        self.counts[:_BATCHES] = buffer.rows.ctypes.data, buffer.batches.ctypes.data, 0, 0, 0, 0
-
-
-def _new_buffer() -> _Buffer:
-    return _Buffer(np.empty(BUFFER_ROWS, np.int64), np.empty((BUFFER_BATCHES, 2), np.int64))
+    def _write(self, block: Block) -> None:
+        """Write a block. What cannot be written counts as left out, and so does all that comes."""
+        if self.error is None:
+            try:
+                data = self._encoder.encode(block)
+                _write_all(self.descriptor, data.data)
+                self.bytes_written += data.size
+                return
+            except OSError as error:
+                self.error = error
+        with self.lock:
+            self.tap.counts[STOPPED] = 1
+            self.tap.counts[[TAKEN_BATCHES, TAKEN_ROWS]] -= block.sizes.size, block.rows.size
+            self.tap.counts[[LOST_BATCHES, LOST_ROWS]] += block.sizes.size, block.rows.size
 
 
 class Recorder:
     """A recording that goes on until it is closed, or its store is. Made by `Store.record`; a context manager."""
 
-    def __init__(self, path: Path, tables: list[RecordedTable], lock: Any, recorders: "list[Recorder]") -> None:
-        """For `Store.record`, under its lock. recorders: those that the store tells."""
+    def __init__(
+        self, path: Path, tables: list[RecordedTable], lock: Any, recorders: "list[Recorder]", counters: Rows
+    ) -> None:
+        """For `Store.record`, under its lock. recorders: the store's; counters: of the level that is asked first."""
         self.path = path
         self._process = os.getpid()
-        self._lock, self._recorders = lock, recorders
-        self._inbox, self._wake = _Inbox(), threading.Event()
-        self._counts = self._inbox.counts
-        descriptor = _open(path, tables)
-        arguments = (descriptor, bases_of(tables), lock, self._inbox, self._wake)
-        self._thread = threading.Thread(target=_write, args=arguments, name="tiercache-record", daemon=True)
-        self._finalizer = weakref.finalize(self, _finish, self._process, self._thread, self._wake, self._inbox)
+        self._lock, self._recorders, self._counters = lock, recorders, counters
+        self._tap = Tap(sum(table.num_rows for table in tables))
+        try:
+            descriptor = _open(path, tables)
+        except BaseException:
+            os.close(self._tap.wake)
+            raise
+        self._writer = _Writer(descriptor, self._tap, bases_of(tables), lock)
+        self._thread = threading.Thread(target=self._writer.run, name="tiercache-record", daemon=True)
+        self._finalizer = weakref.finalize(self, _finish, self._process, self._thread, self._writer)
         try:
             self._thread.start()
         except BaseException:
             self._finalizer.detach()
             os.close(descriptor)
+            os.close(self._tap.wake)
             raise
         recorders.append(self)
+        self._connect()
+
+    def _connect(self) -> None:
+        """Have the level's batches copied to the taps of all recorders. Under the store's lock."""
+        self._counters[TAPS] = chain([recorder._tap for recorder in self._recorders])
 
     def add(self, base: int, rows: Rows) -> None:
-        """Record a batch of the table that begins with row `base` of the store. Under the store's lock."""
-        if _put(self._counts, base, rows):
-            self._wake.set()
+        """Record a batch of the table that begins with row `base` of the store, which the level was not asked for. Under the
+        store's lock.
+        """
+        self._tap.add(base, rows)
 
     def stats(self) -> RecordingStats:
         """Counts since it began."""
-        inbox = self._inbox
+        writer, counts = self._writer, self._tap.counts
         with self._lock:
-            batches, rows, lost_batches, lost_rows = inbox.counts[_BATCHES:_STOPPED].tolist()
-            error = None if inbox.error is None else str(inbox.error)
-            return RecordingStats(str(self.path), batches, rows, lost_batches, lost_rows, inbox.bytes_written, error)
+            batches, rows, lost_batches, lost_rows = counts[TAKEN_BATCHES : LOST_ROWS + 1].tolist()
+            error = None if writer.error is None else str(writer.error)
+            return RecordingStats(str(self.path), batches, rows, lost_batches, lost_rows, writer.bytes_written, error)
 
     def close(self) -> None:
         """Write what is waiting, and end the recording. A second close does nothing.
@@ -165,10 +164,11 @@ class Recorder:
         with self._lock:
             if self in self._recorders:
                 self._recorders.remove(self)
+                self._connect()
         if self._finalizer.alive:
             self._finalizer()
-            if self._inbox.error is not None:
-                raise storage_error(self._inbox.error, self.path)
+            if self._writer.error is not None:
+                raise storage_error(self._writer.error, self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -199,90 +199,58 @@ def _open(path: Path, tables: list[RecordedTable]) -> int:
         return descriptor
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
-def _write(descriptor: int, bases: Rows, lock: Any, inbox: _Inbox, wake: threading.Event) -> None:
-    """The thread: write blocks until told to end."""
-    packer, lost, closing = Packer(), (0, 0), False
-    while not closing:
-        wake.wait(INTERVAL_S)
-        wake.clear()
-        closing = inbox.closing
-        with lock:
-            filled = inbox.take()
-        for block in _blocks(filled, bases, lost):
-            lost = (0, 0) if block.sizes.size else block.dropped
-            if block.sizes.size:
-                _write_block(descriptor, packer, block, inbox, lock)
-        with lock:
-            if inbox.counts[_USED] >= BLOCK_ROWS:
-                wake.set()
-    try:
-        if inbox.error is None:
-            _write_all(descriptor, end_block(lost))
-            os.fsync(descriptor)
-    except OSError as error:
-        inbox.error = error
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may hold the file open
-        os.close(descriptor)
+def _blocks(
+    waiting: Waiting, ring: npt.NDArray[Any], bases: Rows, lost: tuple[int, int]
+) -> Iterator[tuple[Block, int]]:
+    """What waits, in blocks of about BLOCK_ROWS rows, each with the number of its entries. One begins where batches were left
+    out, and where rows do not follow those before them in the ring.
 
-
-def _blocks(filled: _Filled, bases: Rows, lost: tuple[int, int]) -> Iterator[Block]:
-    """What was waiting, in blocks of about BLOCK_ROWS rows; a block begins where batches were left out.
-
-    lost: batches and rows that were left out before all. The last block has no batches, if some were left out at the end.
+    lost: batches and rows that were left out before all. A block that only tells of batches left out has none of its own.
     """
-    begin = at = 0
-    firsts, all_sizes = filled.batches.T
-    for end in (*np.flatnonzero(firsts == _LOST).tolist(), firsts.size):
-        sizes = np.ascontiguousarray(all_sizes[begin:end])
-        ends = at + np.cumsum(sizes)
-        tables = np.searchsorted(bases, firsts[begin:end])
-        number = (ends - at + np.arange(sizes.size)) // (BLOCK_ROWS + 1)
-        edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), sizes.size]
-        for first, last in pairwise(edges if sizes.size else [0]):
-            rows = filled.rows[at : ends[last - 1]]
-            if bases.size > 1:
-                rows = rows - np.repeat(bases[tables[first:last]], sizes[first:last])
-            yield Block(tables[first:last], sizes[first:last], rows, lost)
-            lost, at = (0, 0), int(ends[last - 1])
-        if end < firsts.size:
-            lost = lost[0] + 1, lost[1] + int(all_sizes[end])
-        begin = end + 1
-    lost = lost[0] + filled.more[0], lost[1] + filled.more[1]
-    if lost[0]:
-        yield Block(_NONE, _NONE, _NONE, lost)
+    gone, sizes = waiting.firsts == LOST, np.where(waiting.firsts == LOST, 0, waiting.sizes)
+    ends = np.cumsum(sizes)
+    number = (ends - 1) // BLOCK_ROWS
+    begins = gone.copy()
+    begins[1:] |= gone[:-1] | (waiting.at[1:] != waiting.at[:-1] + sizes[:-1]) | (np.diff(number) != 0)
+    edges = [0, *(np.flatnonzero(begins[1:]) + 1).tolist(), sizes.size]
+    tables = np.searchsorted(bases, waiting.firsts, side="right") - 1
+    for first, last in pairwise(edges if sizes.size else [0]):
+        if gone[first]:
+            lost = lost[0] + int(waiting.batches[first]), lost[1] + int(waiting.sizes[first])
+            yield Block(_NONE, _NONE, _NONE, lost), 1
+            continue
+        at = int(waiting.at[first])
+        rows = ring[at : at + int(sizes[first:last].sum())]
+        if bases.size > 1:
+            _localise(rows, sizes[first:last], bases[tables[first:last]])
+        yield Block(tables[first:last], sizes[first:last], rows, lost), last - first
+        lost = (0, 0)
 
 
 _NONE = np.empty(0, np.int64)
 
 
-def _write_block(descriptor: int, packer: Packer, block: Block, inbox: _Inbox, lock: Any) -> None:
-    """Write a block. What cannot be written counts as left out, and so does all that comes."""
-    if inbox.error is None:
-        try:
-            data = data_block(packer, block)
-            _write_all(descriptor, data)
-            inbox.bytes_written += len(data)
-            return
-        except OSError as error:
-            inbox.error = error
-    with lock:
-        inbox.counts[_STOPPED] = 1
-        taken = np.array([block.sizes.size, block.rows.size])
-        inbox.counts[_BATCHES:_LOST_BATCHES] -= taken
-        inbox.counts[_LOST_BATCHES:_STOPPED] += taken
+@lean
+def _localise(rows: Any, sizes: Any, bases: Any) -> None:
+    """Rows of the store become rows of their tables: batch i has the next sizes[i], of the table that begins with bases[i]."""
+    at = 0
+    for i in range(sizes.size):
+        for k in range(at, at + sizes[i]):
+            rows[k] -= bases[i]
+        at += sizes[i]
 
 
-def _finish(process: int, thread: threading.Thread, wake: threading.Event, inbox: _Inbox) -> None:
+def _finish(process: int, thread: threading.Thread, writer: _Writer) -> None:
     """End the thread, in the process that began it only."""
     if process == os.getpid():
-        inbox.closing = True
-        wake.set()
+        with writer.ending:
+            writer.closing = True
+            os.eventfd_write(writer.tap.wake, 1)
         if thread is not threading.current_thread():
             thread.join()

@@ -1,17 +1,10 @@
-"""Writing images; `image` says what they are.
-
-An image is written to a hidden file beside its destination, flushed, and renamed: a reader finds the old image or the new one.
-What a killed writer leaves of the hidden file, the next one takes over.
-"""
+"""Writing images; `image` says what they are."""
 
 import errno
-import fcntl
 import json
 import os
-import stat
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from io import FileIO
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +14,7 @@ import numpy.typing as npt
 from tiercache.errors import FormatError, StorageError
 from tiercache.storage.checksum import xxh64
 from tiercache.storage.image import AboutTable, Numbers, Slots, digest, piece_of
+from tiercache.storage.publish import publishing, require_place
 from tiercache.storage.safetensors import read_header
 from tiercache.storage.table import failures
 
@@ -96,59 +90,15 @@ def writing(path: Path, sizes: Mapping[str, int], tables: list[AboutTable], stri
     is in its place, and where another is just being written.
     """
     _require_replaceable(path)
-    with failures(path):
-        path = path.resolve()  # of a link, its target is replaced
-    temporary = path.with_name(f".{path.name}.saving")
-    with ExitStack() as closing, ExitStack() as removing:
-        with failures(path):
-            file = closing.enter_context(FileIO(temporary, "r+", opener=_create))
-            descriptor = file.fileno()
-            _require_alone(descriptor, temporary)
-            removing.callback(temporary.unlink, missing_ok=True)
-            os.ftruncate(descriptor, 0)
-            with suppress(FileNotFoundError):
-                os.fchmod(descriptor, stat.S_IMODE(path.stat().st_mode))
+    with publishing(path, "an image") as descriptor:
         writer = Writer(path, descriptor, sizes, tables, stride)
         yield writer
         writer.finish()
-        with failures(path):
-            os.fsync(descriptor)
-            temporary.replace(path)
-            removing.pop_all()
-            directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            closing.callback(os.close, directory)
-            os.fsync(directory)
-
-
-def _create(path: str, _: int) -> int:
-    """Descriptor of the hidden file: never of what a link leads to."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-
-
-def _require_alone(descriptor: int, path: Path) -> None:
-    """OSError (EBUSY) where somebody else writes this file, or has just published it."""
-    status = os.fstat(descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        alone = os.path.samestat(status, path.stat()) and stat.S_ISREG(status.st_mode)
-    except (BlockingIOError, FileNotFoundError):
-        alone = False
-    if not alone:
-        raise OSError(errno.EBUSY, "an image is being saved there")
 
 
 def _require_replaceable(path: Path) -> None:
     """StorageError where something is at the path that is no image, or no file can be."""
-    with failures(path):
-        try:
-            status = path.stat()
-        except FileNotFoundError:
-            status = None
-        except ValueError as error:
-            raise OSError(errno.EINVAL, str(error)) from error
-        if not path.name or (status and stat.S_ISDIR(status.st_mode)):
-            raise IsADirectoryError(errno.EISDIR, "a directory; an image is a file")
-    if status is not None:
+    if require_place(path, "an image"):
         with suppress(FormatError):
             if {"about", "sum"} <= set(read_header(path)):
                 return

@@ -171,6 +171,7 @@ class StreamTier:
         self.torch_device = device.torch_device
         self.capacity_bytes = level.capacity * host.stride
         self._host, self._most = host, most
+        self.stride = host.stride
         self._slots = device.slots(level.capacity, host.stride)
         device.register(host.buffer.slots)
         self._lower = device.view(host.buffer.slots)
@@ -206,12 +207,21 @@ class StreamTier:
 
     def _raise(self, sources: npt.NDArray[np.int32], slots: npt.NDArray[np.int32]) -> None:
         """Queue copies from host slots to device slots."""
+        self._last = self._copy_up(sources, self._lower, slots)
+
+    def _copy_up(self, sources: npt.NDArray[np.int32], lower: torch.Tensor, slots: npt.NDArray[np.int32]) -> Event:
+        """Queue copies from rows of host memory to device slots; an event behind them."""
         side, size = self.device.side, sources.size
         parcels = self._parcels.send(sources, side), self._parcels.send(slots, side)
-        self.device.fill(parcels[0].target[:size], parcels[1].target[:size], self._slots, self._lower, side)
-        self._last = self.device.record(side)
+        self.device.fill(parcels[0].target[:size], parcels[1].target[:size], self._slots, lower, side)
+        event = self.device.record(side)
         for parcel in parcels:
-            self._parcels.give_back(parcel, self._last)
+            self._parcels.give_back(parcel, event)
+        return event
+
+    def put(self, records: npt.NDArray[np.uint8], slots: npt.NDArray[np.int32]) -> None:
+        """Copy records of a staging area, uint8[n, stride], to slots. Waits for the device."""
+        self._copy_up(np.arange(slots.size, dtype=np.int32), self.device.view(records), slots).wait()
 
     def release(self, plan: StackPlan) -> None:
         """Let go of the slots of a plan, in both tiers. What it raised has arrived."""

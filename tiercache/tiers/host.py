@@ -153,6 +153,11 @@ class CpuMemory:
         part.read(positions, put)
         return ()
 
+    def put(self, records: npt.NDArray[np.uint8], slots: npt.NDArray[np.int32]) -> None:
+        """Copy records uint8[n, stride] to slots."""
+        here = np.arange(slots.size, dtype=np.int32)
+        copy_slots(here, Slots(records.ctypes.data, self.stride), slots, self.at)
+
     def gather(
         self,
         plan: StackPlan,
