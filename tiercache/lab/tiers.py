@@ -5,11 +5,16 @@ from a trace: where several fetches are in flight, their pins keep slots that wo
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from tiercache.assemble import level_of, options_of
-from tiercache.config import StoreConfig
+from tiercache.config import StoreConfig, TierConfig
 from tiercache.errors import ConfigError
+from tiercache.lab.groups import Groups, everything, replay_groups
+from tiercache.lab.sampling import choose
 from tiercache.lab.simulator import Counts
 from tiercache.lab.trace import Trace
 from tiercache.level import BYPASSES, HITS, MISSES, Level
@@ -27,6 +32,19 @@ class TierCounts(NamedTuple):
     counts: Counts
 
 
+class ByGroup(NamedTuple):
+    """Distinct rows of each group, int64[g] each: that no tier had, and that the device tier had not."""
+
+    missed: npt.NDArray[np.int64]
+    missed_above: npt.NDArray[np.int64]
+
+
+def stride_of(config: StoreConfig, tables: Sequence[RecordedTable]) -> int:
+    """Bytes of a slot of a store of these tables."""
+    unit = 8 if config.device is None else 16
+    return -(-max(table.record_bytes for table in tables) // unit) * unit
+
+
 def simulate_tiers(
     config: StoreConfig, tables: Sequence[RecordedTable], trace: Trace, *, on_batch: Callable[[], object] | None = None
 ) -> list[TierCounts]:
@@ -34,28 +52,52 @@ def simulate_tiers(
 
     on_batch: called after each batch of a stack of two. ConfigError as from `Store.open`.
     """
+    return simulate_groups(config, tables, trace, everything("all"), on_batch=on_batch)[0]
+
+
+def simulate_groups(
+    config: StoreConfig,
+    tables: Sequence[RecordedTable],
+    trace: Trace,
+    groups: Groups,
+    *,
+    rate: float = 1.0,
+    on_batch: Callable[[], object] | None = None,
+) -> tuple[list[TierCounts], ByGroup]:
+    """`simulate_tiers`, and misses by group. rate: of the sample that the trace is; hot sets are sampled likewise."""
     num_rows = sum(table.num_rows for table in tables)
-    unit = 8 if config.device is None else 16
-    stride = -(-max(table.record_bytes for table in tables) // unit) * unit
+    stride = stride_of(config, tables)
     named = {"device": config.device, "host": config.host}
-    options = {name: options_of(name, tier, num_rows) for name, tier in named.items() if tier is not None}
+    options = {name: _options(name, tier, num_rows, rate) for name, tier in named.items() if tier is not None}
     host = level_of("host", config.host, options, stride, num_rows)
     if config.device is None:
-        host.replay(trace.rows, trace.offsets)
-        return [_counts("host", host, stride)]
+        missed = replay_groups(host, trace.rows, trace.offsets, groups)
+        return [_counts("host", host, stride)], ByGroup(missed, missed)
     device = level_of("device", config.device, options, stride, num_rows)
     most = config.device.promotion // stride
     if not most:
         raise ConfigError(f"device.promotion = {config.device.promotion}: holds no row of {stride} bytes")
+    missed, found = np.zeros((2, len(groups.names)), np.int64)
     for rows in trace.batches():
         plan = StackPlan(rows.size, above=True)
         if not plan_stack(device, host, plan, rows, 0, most, idly=True):
             assert plan.above is not None
+            missed += groups.count(plan.below.misses)
+            found += groups.count(host.slots["key"][plan.below.held[: plan.below.hits]])
             device.release(plan.above)
             host.release(plan.below)
         if on_batch is not None:
             on_batch()
-    return [_counts("device", device, stride), _counts("host", host, stride)]
+    return [_counts("device", device, stride), _counts("host", host, stride)], ByGroup(missed, missed + found)
+
+
+def _options(tier: str, config: TierConfig, num_rows: int, rate: float) -> dict[str, Any]:
+    """Parameters of a tier's policy."""
+    options = options_of(tier, config, num_rows)
+    if rate < 1 and "hot_rows" in options:
+        hot = options["hot_rows"]
+        options["hot_rows"] = hot[choose(hot, round(rate * 2**32))]
+    return options
 
 
 def _counts(tier: str, level: Level, stride: int) -> TierCounts:
