@@ -204,9 +204,9 @@ def replay(
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", DamagedRecording)
         try:
-            replays.run(
-                what, simulated, config, name, simulate=simulate, console=console, report=report, command=_command_line(ctx)
-            )
+            options = what, simulated, config, name
+            command = _command_line(ctx)
+            replays.run(*options, simulate=simulate, console=console, report=report, command=command, told=told)
         finally:
             for warning in told:
                 _tell(f"warning: {warning.message}", "yellow")

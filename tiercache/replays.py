@@ -1,9 +1,10 @@
 """The command `tiercache replay`: a trace or a text, through policies, the tiers of a config, or a live store."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
+from warnings import WarningMessage
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -68,10 +69,11 @@ class What(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """A report that is wanted: what saves its page, and the command line to show in it."""
+    """A report that is wanted: what saves its page, the command line to show in it, and what has been warned of so far."""
 
     save: Save
     command: str
+    told: Sequence[WarningMessage]
 
 
 class Simulated(NamedTuple):
@@ -94,14 +96,15 @@ def run(
     console: Console,
     report: Path | None = None,
     command: str = "",
+    told: Sequence[WarningMessage] = (),
 ) -> None:
     """Replay, and print. ConfigError for options that do not go together, and the errors of loading and of the store.
 
-    report: a page of HTML to write; command: the command line that it shows.
+    report: a page of HTML to write, which shows the command line and what is told: warnings, as they come.
     """
     _require_sense(what, simulated, config, name, simulate=simulate)
     with nullcontext() if report is None else report_file(report) as save:
-        wanted = None if save is None else Wanted(save, command)
+        wanted = None if save is None else Wanted(save, command, told)
         if config is None:
             _run_policies(what, simulated, console, wanted)
         elif simulate:
@@ -156,7 +159,7 @@ def _run_policies(what: What, simulated: Simulated, console: Console, report: Wa
         results = sweep(wanted, policies, sizes, record_bytes=record_bytes, processes=simulated.processes, done=done)
     _print_replays(console, results)
     if report is not None:
-        subject = _subject(what, report.command, num_rows, tables or [], 0)
+        subject = _subject(what, report, num_rows, tables or [], 0)
         with _measuring() as steps:
             facts = measure.of_policies(subject, wanted, uses_of(wanted), results, policies, steps)
         report.save(page(facts))
@@ -180,7 +183,7 @@ def _run_tiers(what: What, config: StoreConfig, name: str | None, console: Conso
         result = replay_tiers(config, tables, wanted, uses, on_batch=done)
     _print_replays(console, [result])
     if report is not None:
-        subject = _subject(what, report.command, table.num_rows, tables, base)
+        subject = _subject(what, report, table.num_rows, tables, base)
         with _measuring() as steps:
             facts = measure.of_tiers(subject, config, tables, wanted, uses, result, steps)
         report.save(page(facts))
@@ -198,7 +201,7 @@ def _run_store(what: What, config: Path, name: str | None, console: Console, rep
     p50, p99 = np.percentile(result.latency_ns, (50, 99)) / 1e6
     console.print(f"{wanted.num_batches:,} fetches: p50 {p50:.3f} ms, p99 {p99:.3f} ms")
     if report is not None:
-        subject = _subject(what, report.command, table.num_rows, tables, base)
+        subject = _subject(what, report, table.num_rows, tables, base)
         if base and not what.recorded:
             wanted, uses = wanted._replace(rows=wanted.rows + base), uses._replace(rows=uses.rows + base)
         with _measuring() as steps:
@@ -206,7 +209,7 @@ def _run_store(what: What, config: Path, name: str | None, console: Console, rep
         report.save(page(facts))
 
 
-def _subject(what: What, command: str, num_rows: int | None, tables: list[RecordedTable], base: int) -> Subject:
+def _subject(what: What, report: Wanted, num_rows: int | None, tables: list[RecordedTable], base: int) -> Subject:
     """What a report says it is of. num_rows: of the table that a text is hashed for; base: the row that it begins with."""
     name = what.text.name if what.trace is None else what.trace.name
     if what.synthetic is not None:
@@ -222,9 +225,10 @@ def _subject(what: What, command: str, num_rows: int | None, tables: list[Record
         groups = by_table([each.name for each in tables], [each.num_rows for each in tables])
         why = "By table of the store. Of which n-grams the rows are, a trace of rows does not tell."
     else:
-        groups, why = None, "Of which n-grams the rows are, a trace of rows does not tell: only a text that is hashed here does."
+        groups, why = None, "Of which n-grams the rows are, a trace of rows does not tell; a text that is hashed here does."
     about += [("table", f"{each.name}: {each.num_rows:,} rows of {each.record_bytes} B") for each in tables]
-    return Subject(name, tuple(about), command, groups, why)
+    about += [("warning", str(each.message)) for each in report.told]
+    return Subject(name, tuple(about), report.command, groups, why)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What a page says: plain numbers, measured by `measure.py` and drawn by `page.py`. Sizes are bytes, rates shares of 1."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -116,3 +117,11 @@ class Facts(NamedTuple):
     num_batches: int
     num_rows: int
     """Asked for, duplicates of a batch included."""
+
+
+def best_of_sizes(replays: Sequence[Replay]) -> list[Replay]:
+    """The replay with the most hits at each size, by ascending size."""
+    by_size: dict[int, Replay] = {}
+    for each in sorted(replays, key=lambda each: each.hits):
+        by_size[each.capacity] = each
+    return [by_size[size] for size in sorted(by_size)]

@@ -198,7 +198,7 @@ def latencies(latency_ns: npt.NDArray[np.int64], marks: Sequence[tuple[str, floa
 
 def _latencies(size: Size, latency_ns: npt.NDArray[np.int64], marks: Sequence[tuple[str, float]], label: str) -> Html:
     low, high = max(float(latency_ns.min()), 1.0), float(latency_ns.max())
-    low, high = low * 0.9, max(high * 1.1, low * 1.5)
+    low, high = low * 0.9, max(high * 1.1, low * 2.6)
     edges = np.geomspace(low, high, 49)
     counts = np.histogram(latency_ns, edges)[0]
     ticks = even_ticks(100 * float(counts.max()) / latency_ns.size, lambda value: f"{value:g}", 4)

@@ -56,7 +56,7 @@ def _require_ours(path: Path, target: Path) -> None:
     except OSError as error:
         raise ConfigError(f"{refused}: cannot be written: {error.strerror}") from error
     if begin != MARK:
-        raise ConfigError(f"{refused}: is there and is no report of a replay; allowed is a name for a new file, or such a report")
+        raise ConfigError(f"{refused}: is there and is no report; allowed is a name for a new file, or an older report")
 
 
 def _mode_of(target: Path) -> int:

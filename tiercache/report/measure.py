@@ -20,7 +20,8 @@ from tiercache.lab.windows import windows
 from tiercache.level import Level
 from tiercache.policies import POLICIES
 from tiercache.recording.blocks import RecordedTable
-from tiercache.report.facts import Choice, Facts, Line, Mark, Served, SizeCurve, Subject
+from tiercache.report import words
+from tiercache.report.facts import Choice, Facts, Line, Mark, Served, SizeCurve, Subject, best_of_sizes
 
 SAMPLED_ROWS = 1_000_000
 """Rows asked for of a trace that curves are counted with, about; all of a shorter one."""
@@ -62,9 +63,9 @@ def of_policies(
     subject: Subject, trace: Trace, uses: Uses, replays: Sequence[Replay], policies: Sequence[str], progress: Progress
 ) -> Facts:
     """The facts of policies that were simulated, each at each size. uses: of the trace."""
-    slot_bytes, capacities = replays[0].slot_bytes, sorted({each.capacity for each in replays})
-    sizes = _sizes(capacities, uses.rows.size)
-    best = [max((each for each in replays if each.capacity == capacity), key=lambda each: each.hits) for capacity in capacities]
+    best = best_of_sizes(replays)
+    slot_bytes = best[0].slot_bytes
+    sizes = _sizes([each.capacity for each in best], uses.rows.size)
     done = progress(len(sizes) * (len(policies) + 1) + len(best))
     part = _part(trace)
     rates = {}
@@ -212,12 +213,11 @@ def _served_by_tiers(tiers: Sequence[TierCounts], missed: ByGroup, groups: Group
 
 
 def _title(tier: str, num_bytes: int) -> str:
-    return f"{tier}, {num_bytes / 2**20:,.1f} MiB"
+    return f"{tier}, {words.size(num_bytes)}"
 
 
 def _served(title: str, missed: ByGroup, tiers: Sequence[str], groups: Groups, uses: Uses) -> Served:
     accesses, fresh = groups.accesses(uses), groups.count(uses.rows)
-    hits = [accesses - missed.missed_above, missed.missed_above - missed.missed][-len(tiers) :]
-    hits = [accesses - missed.missed] if len(tiers) == 1 else hits
-    again = missed.missed - fresh
-    return Served(title, groups.names, tuple(zip(tiers, hits, strict=True)), again, fresh)
+    above, below = accesses - missed.missed_above, missed.missed_above - missed.missed
+    hits = (above,) if len(tiers) == 1 else (above, below)
+    return Served(title, groups.names, tuple(zip(tiers, hits, strict=True)), missed.missed - fresh, fresh)

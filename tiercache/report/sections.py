@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tiercache.report import figures, rows, words
-from tiercache.report.facts import Choice, Facts, SizeCurve
+from tiercache.report.facts import Choice, Facts, Served, SizeCurve, best_of_sizes
 from tiercache.report.html import Html, join, table, tag
 from tiercache.report.words import count, percent, short
 
@@ -18,7 +18,7 @@ _PERCENTILES = (50, 90, 99, 99.9)
 def lede(facts: Facts) -> str:
     """The result in two sentences."""
     if facts.mode == "policies":
-        best = _best_of_sizes(facts)
+        best = best_of_sizes(facts.replays)
         first, last = best[0], best[-1]
         said = (
             f"A tier of {words.size(last.capacity * last.slot_bytes)} under {last.tier} serves {_rate(facts, last.hits)} of "
@@ -124,7 +124,7 @@ def choices(facts: Facts) -> Html:
 def _choice_said(facts: Facts, choice: Choice) -> str:
     more = choice.rates[2] - choice.rates[1]
     rows_ = short(abs(more) * facts.accesses)
-    saved = f"{rows_} rows more from device memory" if choice.tier.startswith("Device") else f"{rows_} rows that need not be read"
+    saved = f"{rows_} rows " + ("more from device memory" if choice.tier.startswith("Device") else "that need not be read")
     twice = words.size(2 * choice.size)
     if more < 0.0005:
         return f"{choice.tier}: {twice} instead of {words.size(choice.size)} would bring nothing to speak of."
@@ -143,11 +143,8 @@ def served(facts: Facts) -> Html:
     picked = np.unique(np.linspace(0, len(facts.served) - 1, min(_MOST_BARS, len(facts.served))).round().astype(int))
     parts = [facts.served[at] for at in picked]
     names = [name for name, _ in figures.segments_of(parts[0])]
-    key = tag("ul", *(tag("li", tag("span", class_=f"swatch {figures.segment_class(name)}"), name) for name in names), class_="key")
-    label = "; ".join(
-        f"{part.title}: " + ", ".join(f"{name} {percent(_share(numbers, part))}" for name, numbers in figures.segments_of(part))
-        for part in parts
-    )
+    key = _key([(figures.segment_class(name), name) for name in names])
+    label = "; ".join(f"{part.title}: {_shares_said(part)}" for part in parts)
     body = []
     for part in facts.served:
         columns = [numbers for _, numbers in figures.segments_of(part)]
@@ -163,24 +160,26 @@ def served(facts: Facts) -> Html:
     )
 
 
-def _share(numbers: Sequence[int], part: object) -> float:
-    total = sum(int(np.sum(each)) for _, each in figures.segments_of(part))  # type: ignore[arg-type]
-    return float(np.sum(numbers)) / max(total, 1)
+def _shares_said(part: Served) -> str:
+    """The shares of all groups together, in words."""
+    sums = [(name, int(numbers.sum())) for name, numbers in figures.segments_of(part)]
+    total = max(sum(number for _, number in sums), 1)
+    return ", ".join(f"{name} {percent(number / total)}" for name, number in sums)
 
 
 def reads(facts: Facts) -> Html:
     """Bytes asked for, missed and read."""
-    best = _best_of_sizes(facts) if facts.mode == "policies" else list(facts.replays)
+    best = best_of_sizes(facts.replays) if facts.mode == "policies" else list(facts.replays)
     width = best[0].bytes_missed / best[0].counts.misses if best[0].counts.misses else float(best[0].slot_bytes)
     bars = [("asked for", facts.accesses * width)]
+    said = "In a simulation each missing row is one read of its record; what a disk reads beyond that, a live replay tells."
     if facts.mode == "policies":
-        bars += [(f"missed under {each.tier}, {words.size(each.capacity * each.slot_bytes)}", float(each.bytes_missed)) for each in best]
-        said = "In a simulation each missing row is one read of its record. What a disk reads beyond that only a live replay tells."
-    elif facts.mode == "tiers":
-        bars += [("missed by the tiers", float(best[0].bytes_missed))]
-        said = "In a simulation each missing row is one read of its record. What a disk reads beyond that only a live replay tells."
+        named = [(f"missed under {each.tier}, {words.size(each.capacity * each.slot_bytes)}", each) for each in best]
+        bars += [(name, float(each.bytes_missed)) for name, each in named]
     else:
-        bars += [("missed by the tiers", float(best[0].bytes_missed)), ("read from the disk", float(best[0].bytes_read))]
+        bars.append(("missed by the tiers", float(best[0].bytes_missed)))
+    if facts.mode == "live":
+        bars.append(("read from the disk", float(best[0].bytes_read)))
         said = (
             f"Read amplification is {best[0].amplification:.2f}: so many bytes were read from the disk for each byte of a "
             f"missing record, in {count(best[0].reads)} reads. Disks read whole blocks, and neighbours share a read."
@@ -223,14 +222,15 @@ def working_set(facts: Facts) -> Html:
         f"{percent(float(share[0]))}."
     )
     captions = ("Distinct rows of each window", "Share of accesses to new rows", "Distinct rows so far")
-    swatches = (("bar-new", "for the first time"), ("bar-known", "asked for before"))
-    key = tag("ul", *(tag("li", tag("span", class_=f"swatch {kind}"), name) for kind, name in swatches), class_="key")
+    swatches = [("bar-new", "for the first time"), ("bar-known", "asked for before")]
+    key = _key(swatches)
     levels = [(size / slot_bytes, name) for name, size in _tier_sizes(facts) if size / slot_bytes < 1.4 * facts.touched_rows]
     drawn = (
         join((key, figures.window_bars(seen.distinct, seen.fresh, ends, f"{captions[0]}, {short(typical)} in the median."))),
         figures.over_time(
             100 * share, ends, "new, % of accesses",
-            f"{captions[1]}: from {percent(float(share[0]))} to {percent(float(share[-1]))}.", said=lambda value: f"{value:.3g}",
+            f"{captions[1]}: from {percent(float(share[0]))} to {percent(float(share[-1]))}.",
+            said=lambda value: f"{value:.3g}",
         ),
         figures.over_time(
             seen.cumulative.astype(np.float64), ends, "rows", f"{captions[2]}: {count(facts.touched_rows)} at the end.",
@@ -240,11 +240,12 @@ def working_set(facts: Facts) -> Html:
     shown = [_figure(f"working-{at}", caption, each) for at, (caption, each) in enumerate(zip(captions, drawn, strict=True))]
     columns = ends, seen.batches, seen.distinct, seen.fresh, seen.cumulative
     body = [
-        (*(count(column[at]) for column in columns), percent(float(share[at])), words.size(float(seen.distinct[at]) * slot_bytes))
-        for at in range(ends.size)
+        (*map(count, row), percent(each), words.size(int(row[2]) * slot_bytes))
+        for row, each in zip(zip(*columns, strict=True), share.tolist(), strict=True)
     ]
     head = ("until access", "batch", "distinct rows", "new rows", "rows so far", "new, of accesses", "size of distinct rows")
-    return _section("working", "Working set over time", tag("p", said), *shown, _numbers("working", "Windows of the replay", head, body))
+    numbers = _numbers("working", "Windows of the replay", head, body)
+    return _section("working", "Working set over time", tag("p", said), *shown, numbers)
 
 
 def _tier_sizes(facts: Facts) -> list[tuple[str, int]]:
@@ -277,11 +278,6 @@ def about(facts: Facts) -> Html:
     return _section("about", "About this replay", inner, *command)
 
 
-def _best_of_sizes(facts: Facts) -> list:  # type: ignore[type-arg]
-    capacities = sorted({each.capacity for each in facts.replays})
-    return [max((each for each in facts.replays if each.capacity == size), key=lambda each: each.hits) for size in capacities]
-
-
 def _rate(facts: Facts, hits: int) -> str:
     return percent(hits / max(facts.accesses, 1))
 
@@ -296,6 +292,11 @@ def _section(id_: str, title: str, *parts: object) -> Html:
 
 def _figure(id_: str, caption: str, *parts: object) -> Html:
     return tag("figure", tag("figcaption", caption), *parts, id=f"figure-{id_}")
+
+
+def _key(swatches: Sequence[tuple[str, str]]) -> Html:
+    """What colours mean: (class, name)."""
+    return tag("ul", *(tag("li", tag("span", class_=f"swatch {kind}"), name) for kind, name in swatches), class_="key")
 
 
 def _numbers(id_: str, caption: str, head: Sequence[str], body: Sequence[Sequence[object]]) -> Html:
