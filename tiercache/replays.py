@@ -1,7 +1,7 @@
 """The command `tiercache replay`: a trace or a text, through policies, the tiers of a config, or a live store."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from warnings import WarningMessage
@@ -103,8 +103,8 @@ def run(
     report: a page of HTML to write, which shows the command line and what is told: warnings, as they come.
     """
     _require_sense(what, simulated, config, name, simulate=simulate)
-    with nullcontext() if report is None else report_file(report) as save:
-        wanted = None if save is None else Wanted(save, command, told)
+    with ExitStack() as stack:
+        wanted = None if report is None else Wanted(stack.enter_context(report_file(report)), command, told)
         if config is None:
             _run_policies(what, simulated, console, wanted)
         elif simulate:

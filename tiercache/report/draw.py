@@ -48,7 +48,9 @@ class Scale(NamedTuple):
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        low, high, at = (math.log(v) for v in (self.first, self.last, value)) if self.log else (self.first, self.last, value)
+        low, high, at = self.first, self.last, value
+        if self.log:
+            low, high, at = math.log(low), math.log(high), math.log(at)
         share = (at - low) / (high - low) if high > low else 0.5
         return round(self.begin + share * (self.end - self.begin), 1)
 

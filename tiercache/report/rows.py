@@ -18,9 +18,11 @@ def result_rows(results: Sequence[Replay]) -> tuple[str, list[tuple[str, ...]]]:
 
     Where a store has two there is a row for each and one for both together: each tier's hits are a share of all accesses.
     """
-    if len(results) != 1 or results[0].device is None:
+    result = results[0]
+    above = result.device
+    if above is None:
         return "policy", [(each.tier, *_cells(each, each.capacity)) for each in results]
-    result, above, rows = results[0], results[0].device, []
+    rows: list[tuple[str, ...]] = []
     for tier, policy, slots, counts in (
         ("device", above.policy, above.capacity, above.counts),
         ("host", result.tier, result.capacity, result.counts),
