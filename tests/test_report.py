@@ -245,6 +245,7 @@ def test_a_store_that_began_warm_is_not_divided(made: Reports, tmp_path: Path) -
         store.save(tmp_path / "image")
     page = make(tmp_path / "warm.html", "--limit", 500, "--config", tmp_path / "warm.toml").page
     assert "did not begin empty" in page.ids["served"]
+    assert "the bounds are those of tiers that do" in page.text["p"]
     assert "served" not in page.figures
 
 

@@ -13,13 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tiercache.config import StoreConfig, parse_bytes
-from tiercache.engram.families import FAMILIES, hashed, order_edges
+from tiercache.engram.families import FAMILIES, hashed
 from tiercache.errors import ConfigError, FormatError
 from tiercache.lab import synthetic
 from tiercache.lab.bounds import uses_of
 from tiercache.lab.curves import ONLINE
 from tiercache.lab.formats import FORMATS, load_recording, load_trace
-from tiercache.lab.groups import Groups, by_table
 from tiercache.lab.replay import Replay, replay_live, replay_tiers
 from tiercache.lab.sweep import Done, sweep
 from tiercache.lab.tokens import TokenStream, load_tokens
@@ -32,6 +31,7 @@ from tiercache.report.facts import Subject
 from tiercache.report.file import Save, report_file
 from tiercache.report.page import page
 from tiercache.report.rows import COLUMNS, result_rows, title
+from tiercache.report.subject import Text, of_rows, of_text
 from tiercache.storage import open_table
 from tiercache.store import Store
 
@@ -214,21 +214,10 @@ def _subject(what: What, report: Wanted, num_rows: int | None, tables: list[Reco
     name = what.text.name if what.trace is None else what.trace.name
     if what.synthetic is not None:
         name = f"{what.synthetic}, seed {what.seed}"
-    about = [("what", "a text, hashed" if what.hashed else "a recording" if what.recorded else "a trace")]
     if what.hashed:
-        batches = "prefill chunks and decode steps of a server, mixed" if what.batch is None else f"{what.batch:,} tokens each"
-        about += [("hashing", f"{what.family}, {what.vocabulary:,} token ids"), ("a batch", batches)]
-        edges = base + order_edges(what.family, vocabulary=what.vocabulary, num_rows=num_rows)
-        groups: Groups | None = Groups(tuple(f"{order + 2}-grams" for order in range(edges.size - 1)), edges)
-        why = "By the order of the n-grams that rows are hashed from: longer ones repeat less."
-    elif len(tables) > 1:
-        groups = by_table([each.name for each in tables], [each.num_rows for each in tables])
-        why = "By table of the store. Of which n-grams the rows are, a trace of rows does not tell."
-    else:
-        groups, why = None, "Of which n-grams the rows are, a trace of rows does not tell; a text that is hashed here does."
-    about += [("table", f"{each.name}: {each.num_rows:,} rows of {each.record_bytes} B") for each in tables]
-    about += [("warning", str(each.message)) for each in report.told]
-    return Subject(name, tuple(about), report.command, groups, why)
+        text = Text(what.family, what.vocabulary, what.batch, num_rows, base)
+        return of_text(name, text, tables, report.command, report.told)
+    return of_rows(name, "a recording" if what.recorded else "a trace", tables, report.command, report.told)
 
 
 @contextmanager

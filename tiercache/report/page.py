@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tiercache.report import sections
 from tiercache.report.facts import Facts
-from tiercache.report.html import Html, join, tag
+from tiercache.report.header import header
+from tiercache.report.html import Html, tag
 
 _HERE = Path(__file__).parent
 
@@ -34,22 +35,8 @@ def page(facts: Facts) -> Html:
         sections.working_set(facts),
         sections.about(facts),
     )
-    body = tag("body", tag("main", _header(facts), sections.results(facts), *parts), tag("script", script))
+    body = tag("body", tag("main", header(facts), sections.results(facts), *parts), tag("script", script))
     return tag("html", head, body, lang="en")
-
-
-def _header(facts: Facts) -> Html:
-    return tag(
-        "header",
-        tag("p", "tiercache replay", class_="kicker"),
-        tag("h1", facts.subject.title),
-        tag("p", sections.lede(facts), class_="lede"),
-        tag("dl", *(_tile(*each) for each in sections.tiles(facts)), class_="tiles"),
-    )
-
-
-def _tile(name: str, value: str, more: str) -> Html:
-    return tag("div", tag("dt", name), join((tag("dd", value, class_="value"), tag("dd", more))))
 
 
 def _code(name: str) -> Html:

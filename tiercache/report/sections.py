@@ -15,47 +15,6 @@ _MOST_BARS = 6
 _PERCENTILES = (50, 90, 99, 99.9)
 
 
-def lede(facts: Facts) -> str:
-    """The result in two sentences."""
-    if facts.mode == "policies":
-        best = best_of_sizes(facts.replays)
-        first, last = best[0], best[-1]
-        said = (
-            f"A tier of {words.size(last.capacity * last.slot_bytes)} under {last.tier} serves {_rate(facts, last.hits)} of "
-            f"{short(facts.accesses)} accesses from memory; no policy of that size could serve more than "
-            f"{_rate(facts, last.bounds.belady)}."
-        )
-        if len(best) > 1:
-            smallest = words.size(first.capacity * first.slot_bytes)
-            said += f" At {smallest} the best is {first.tier}, with {_rate(facts, first.hits)}."
-        return said
-    (replay,) = facts.replays
-    tiers = [curve.tier for curve in facts.curves]
-    names = words.listed([f"{_size_of(facts, tier)} of {tier.split()[0].lower()} memory" for tier in tiers])
-    done = "served" if facts.mode == "live" else "would serve"
-    return (
-        f"{names} {done} {_rate(facts, replay.hits)} of {short(facts.accesses)} accesses. No policy with as many slots could "
-        f"serve more than {_rate(facts, replay.bounds.belady)}, and {_rate(facts, facts.touched_rows)} are for rows that "
-        f"nobody had asked for before."
-    )
-
-
-def tiles(facts: Facts) -> list[tuple[str, str, str]]:
-    """(what, value, more) of the numbers that stand out."""
-    best = max(facts.replays, key=lambda each: each.hits)
-    who = f"under {best.tier}, {words.size(best.capacity * best.slot_bytes)}" if facts.mode == "policies" else "by all tiers"
-    slot_bytes = best.slot_bytes
-    shown = [
-        ("Hit rate", _rate(facts, best.hits), who),
-        ("Best possible", _rate(facts, best.bounds.belady), "Belady, same size"),
-        ("Working set", words.size(facts.touched_rows * slot_bytes), f"{short(facts.touched_rows)} distinct rows"),
-    ]
-    if facts.mode == "live":
-        p50, p99 = np.percentile(best.latency_ns, (50, 99)).tolist()
-        return [*shown, ("Median fetch", words.time(p50), f"p99 {words.time(p99)}")]
-    return [*shown, ("Missed", words.size(best.bytes_missed), f"{short(best.counts.misses)} rows from below")]
-
-
 def results(facts: Facts) -> Html:
     """The table that is printed too."""
     first, body = rows.result_rows(facts.replays)
@@ -276,14 +235,6 @@ def about(facts: Facts) -> Html:
     inner = tag("dl", *(part for name, value in pairs for part in (tag("dt", name), tag("dd", value))), class_="facts")
     command = tag("p", "Made by"), tag("pre", tag("code", facts.subject.command), tabindex="0")
     return _section("about", "About this replay", inner, *command)
-
-
-def _rate(facts: Facts, hits: int) -> str:
-    return percent(hits / max(facts.accesses, 1))
-
-
-def _size_of(facts: Facts, tier: str) -> str:
-    return next(words.size(curve.sizes[curve.marks[0].at]) for curve in facts.curves if curve.tier == tier)
 
 
 def _section(id_: str, title: str, *parts: object) -> Html:
