@@ -240,7 +240,7 @@ def test_a_store_that_began_warm_is_not_divided(made: Reports, tmp_path: Path) -
     here = made["one"].path.parent
     config = f'restore = "{tmp_path}/image"\n' + (here / "one.toml").read_text().replace('"table"', f'"{here}/table"')
     (tmp_path / "warm.toml").write_text(config)
-    with Store.open(tmp_path / "warm.toml") as store:
+    with Store.open(here / "one.toml") as store:
         store.fetch(range(900))
         store.save(tmp_path / "image")
     page = make(tmp_path / "warm.html", "--limit", 500, "--config", tmp_path / "warm.toml").page

@@ -74,6 +74,7 @@ def _replay(
         if batch.size <= 4 and offsets[b + 1] + 16 < rows.size:
             for i in range(offsets[b], offsets[b + 1]):
                 prefetch(index.address(table, rows[i + 16]))
+        plan.counts[PLAN_MISSES] = 0
         plan_batch(slots, table, seen, counters, state, batch, plan, 0, True)
         for i in range(plan.counts[PLAN_MISSES]):
             row, group = plan.all_misses[i], 0
