@@ -46,7 +46,7 @@ def test_misses_are_counted_by_group(batches, capacity, policy):
     uses = uses_of(trace)
     accesses = [sum(group_of(row) == group for batch in batches for row in set(batch)) for group in range(3)]
     assert GROUPS.accesses(uses).tolist() == accesses
-    assert GROUPS.count(uses.rows).tolist() == np.bincount([group_of(row) for row in uses.rows], minlength=3).tolist()
+    assert GROUPS.sizes(uses.rows).tolist() == np.bincount([group_of(row) for row in uses.rows], minlength=3).tolist()
 
 
 def test_misses_of_two_tiers_are_those_of_a_table_alone():

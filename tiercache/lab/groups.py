@@ -22,7 +22,7 @@ class Groups(NamedTuple):
         """The group of each row, int64[n]. Rows beyond the edges are of the first or the last group."""
         return np.clip(np.searchsorted(self.edges, rows, side="right") - 1, 0, len(self.names) - 1)
 
-    def count(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def sizes(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """How many rows are of each group, int64[g]."""
         if len(self.names) == 1:
             return np.array([rows.size], np.int64)

@@ -82,8 +82,8 @@ def simulate_groups(
         plan = StackPlan(rows.size, above=True)
         if not plan_stack(device, host, plan, rows, 0, most, idly=True):
             assert plan.above is not None
-            missed += groups.count(plan.below.misses)
-            found += groups.count(host.slots["key"][plan.below.held[: plan.below.hits]])
+            missed += groups.sizes(plan.below.misses)
+            found += groups.sizes(host.slots["key"][plan.below.held[: plan.below.hits]])
             device.release(plan.above)
             host.release(plan.below)
         if on_batch is not None:

@@ -217,7 +217,7 @@ def _title(tier: str, num_bytes: int) -> str:
 
 
 def _served(title: str, missed: ByGroup, tiers: Sequence[str], groups: Groups, uses: Uses) -> Served:
-    accesses, fresh = groups.accesses(uses), groups.count(uses.rows)
+    accesses, fresh = groups.accesses(uses), groups.sizes(uses.rows)
     above, below = accesses - missed.missed_above, missed.missed_above - missed.missed
     hits = (above,) if len(tiers) == 1 else (above, below)
     return Served(title, groups.names, tuple(zip(tiers, hits, strict=True)), missed.missed - fresh, fresh)
