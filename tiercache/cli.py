@@ -1,5 +1,6 @@
 """The command line. Parses and prints; everything else is done by the modules it calls."""
 
+import shlex
 import subprocess
 import sys
 import warnings
@@ -157,6 +158,7 @@ def _size(num_bytes: int) -> str:
 
 @app.command()
 def replay(
+    ctx: typer.Context,
     trace: Annotated[
         Path | None,
         typer.Option(help="Trace: a store's recording, libCacheSim's oracleGeneral or csv, or an .npz of tokens."),
@@ -192,6 +194,9 @@ def replay(
     processes: Annotated[
         int | None, typer.Option(min=1, help="For simulations; one a core where not given and there is much to do.")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Page of HTML to write, with figures; an older report there is replaced.")
+    ] = None,
 ) -> None:
     """Replay a trace or a text, live or simulated: hit rates, reads, and what no policy could beat."""
     what = replays.What(trace, form, text, synthetic, seed, family, vocabulary, limit, batch)
@@ -199,10 +204,27 @@ def replay(
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", DamagedRecording)
         try:
-            replays.run(what, simulated, config, name, simulate=simulate, console=console)
+            options = what, simulated, config, name
+            command = _command_line(ctx)
+            replays.run(*options, simulate=simulate, console=console, report=report, command=command, told=told)
         finally:
             for warning in told:
                 _tell(f"warning: {warning.message}", "yellow")
+
+
+def _command_line(ctx: typer.Context) -> str:
+    """The command as it may be typed again, with what was given."""
+    words = ["tiercache", ctx.info_name or ""]
+    for option in ctx.command.params:
+        name = option.name or ""
+        given, source = ctx.params.get(name), ctx.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        if given is True:
+            words.append(option.opts[0])
+        else:
+            words += [word for each in (given if isinstance(given, list) else [given]) for word in (option.opts[0], str(each))]
+    return shlex.join(words)
 
 
 @app.command()

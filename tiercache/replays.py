@@ -1,9 +1,10 @@
 """The command `tiercache replay`: a trace or a text, through policies, the tiers of a config, or a live store."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from warnings import WarningMessage
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -25,6 +26,12 @@ from tiercache.lab.trace import Trace, chunks, serving
 from tiercache.policies import DEFAULT
 from tiercache.recording.blocks import MAGIC, RecordedTable
 from tiercache.recording.reader import Recording
+from tiercache.report import measure
+from tiercache.report.facts import Subject
+from tiercache.report.file import Save, report_file
+from tiercache.report.page import page
+from tiercache.report.rows import COLUMNS, result_rows, title
+from tiercache.report.subject import Text, of_rows, of_text
 from tiercache.storage import open_table
 from tiercache.store import Store
 
@@ -53,6 +60,21 @@ class What(NamedTuple):
         """Whether it is a recording, which says of which tables it is."""
         return self.trace is not None and _format_of(self.trace, self.form) == "recording"
 
+    @property
+    def hashed(self) -> bool:
+        """Whether it is a text, whose rows a family's hashing gives."""
+        if self.trace is not None:
+            return _format_of(self.trace, self.form) == "tokens"
+        return self.synthetic in (None, "text")
+
+
+class Wanted(NamedTuple):
+    """A report that is wanted: what saves its page, the command line to show in it, and what has been warned of so far."""
+
+    save: Save
+    command: str
+    told: Sequence[WarningMessage]
+
 
 class Simulated(NamedTuple):
     """The options of a simulation of single tiers."""
@@ -65,16 +87,32 @@ class Simulated(NamedTuple):
 
 
 def run(
-    what: What, simulated: Simulated, config: Path | None, name: str | None, *, simulate: bool, console: Console
+    what: What,
+    simulated: Simulated,
+    config: Path | None,
+    name: str | None,
+    *,
+    simulate: bool,
+    console: Console,
+    report: Path | None = None,
+    command: str = "",
+    told: Sequence[WarningMessage] = (),
 ) -> None:
-    """Replay, and print. ConfigError for options that do not go together, and the errors of loading and of the store."""
+    """Replay, and print. ConfigError for options that do not go together, and the errors of loading and of the store.
+
+    report: a page of HTML to write, which shows the command line and what is told: warnings, as they come.
+    """
     _require_sense(what, simulated, config, name, simulate=simulate)
-    if config is None:
-        _run_policies(what, simulated, console)
-    elif simulate:
-        _run_tiers(what, StoreConfig.load(config), name, console)
-    else:
-        _run_store(what, config, name, console)
+    with ExitStack() as stack:
+        wanted = None if report is None else Wanted(stack.enter_context(report_file(report)), command, told)
+        if config is None:
+            _run_policies(what, simulated, console, wanted)
+        elif simulate:
+            _run_tiers(what, StoreConfig.load(config), name, console, wanted)
+        else:
+            _run_store(what, config, name, console, wanted)
+    if report is not None:
+        console.print(f"{report}: the report", soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 def _require_sense(what: What, simulated: Simulated, config: Path | None, name: str | None, *, simulate: bool) -> None:
@@ -105,7 +143,7 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
         raise ConfigError(f"{', '.join(given)}: {why}")
 
 
-def _run_policies(what: What, simulated: Simulated, console: Console) -> None:
+def _run_policies(what: What, simulated: Simulated, console: Console, report: Wanted | None) -> None:
     policies = simulated.policy or [DEFAULT]
     for policy in policies:
         if policy not in ONLINE:
@@ -115,13 +153,19 @@ def _run_policies(what: What, simulated: Simulated, console: Console) -> None:
         _refuse({"--rows": simulated.num_rows}, "is not for a recording, which knows its tables")
     record_bytes = simulated.record_bytes or (max(table.record_bytes for table in tables) if tables else _RECORD_BYTES)
     sizes = [max(1, _bytes(size) // record_bytes) for size in simulated.capacity or ["64MiB"]]
-    wanted = _trace(what, simulated.num_rows or (None if what.family != "demo" else _NUM_ROWS), tables)
+    num_rows = simulated.num_rows or (None if what.family != "demo" else _NUM_ROWS)
+    wanted = _trace(what, num_rows, tables)
     with _progress(f"Simulating {wanted.rows.size:,} rows", len(sizes) * (len(policies) + 1)) as done:
         results = sweep(wanted, policies, sizes, record_bytes=record_bytes, processes=simulated.processes, done=done)
     _print_replays(console, results)
+    if report is not None:
+        subject = _subject(what, report, num_rows, tables or [], 0)
+        with _measuring() as steps:
+            facts = measure.of_policies(subject, wanted, uses_of(wanted), results, policies, steps)
+        report.save(page(facts))
 
 
-def _run_tiers(what: What, config: StoreConfig, name: str | None, console: Console) -> None:
+def _run_tiers(what: What, config: StoreConfig, name: str | None, console: Console, report: Wanted | None) -> None:
     tables = [
         RecordedTable(each.name, table.num_rows, table.record.record_bytes, table.identity)
         for each in config.tables
@@ -134,21 +178,65 @@ def _run_tiers(what: What, config: StoreConfig, name: str | None, console: Conso
     table, base = _table_of(what, tables, name)
     wanted = _trace(what, table.num_rows, tables)
     wanted = wanted._replace(rows=wanted.rows + base) if base else wanted
+    uses = uses_of(wanted)
     with _progress(f"Planning {wanted.rows.size:,} rows", wanted.num_batches) as done:
-        result = replay_tiers(config, tables, wanted, uses_of(wanted), on_batch=done)
-    _print_tiers(console, result)
+        result = replay_tiers(config, tables, wanted, uses, on_batch=done)
+    _print_replays(console, [result])
+    if report is not None:
+        subject = _subject(what, report, table.num_rows, tables, base)
+        with _measuring() as steps:
+            facts = measure.of_tiers(subject, config, tables, wanted, uses, result, steps)
+        report.save(page(facts))
 
 
-def _run_store(what: What, config: Path, name: str | None, console: Console) -> None:
+def _run_store(what: What, config: Path, name: str | None, console: Console, report: Wanted | None) -> None:
     with Store.open(config) as store:
         tables = store.recorded_tables()
-        table, _ = _table_of(what, tables, name)
+        table, base = _table_of(what, tables, name)
         wanted = _trace(what, table.num_rows, tables)
+        uses = uses_of(wanted)
         with Console(stderr=True).status(f"Fetching {wanted.rows.size:,} rows"):
-            result = replay_live(store, wanted, uses_of(wanted), table=None if what.recorded else table.name)
-    _print_tiers(console, result)
+            result = replay_live(store, wanted, uses, table=None if what.recorded else table.name)
+    _print_replays(console, [result])
     p50, p99 = np.percentile(result.latency_ns, (50, 99)) / 1e6
     console.print(f"{wanted.num_batches:,} fetches: p50 {p50:.3f} ms, p99 {p99:.3f} ms")
+    if report is not None:
+        subject = _subject(what, report, table.num_rows, tables, base)
+        if base and not what.recorded:
+            wanted, uses = wanted._replace(rows=wanted.rows + base), uses._replace(rows=uses.rows + base)
+        with _measuring() as steps:
+            facts = measure.of_tiers(subject, StoreConfig.load(config), tables, wanted, uses, result, steps)
+        report.save(page(facts))
+
+
+def _subject(what: What, report: Wanted, num_rows: int | None, tables: list[RecordedTable], base: int) -> Subject:
+    """What a report says it is of. num_rows: of the table that a text is hashed for; base: the row that it begins with."""
+    name = what.text.name if what.trace is None else what.trace.name
+    if what.synthetic is not None:
+        name = f"{what.synthetic}, seed {what.seed}"
+    if what.hashed:
+        text = Text(what.family, what.vocabulary, what.batch, num_rows, base)
+        return of_text(name, text, tables, report.command, report.told)
+    return of_rows(name, "a recording" if what.recorded else "a trace", tables, report.command, report.told)
+
+
+@contextmanager
+def _measuring() -> Iterator[measure.Progress]:
+    """A bar for what a report needs beside the replay: (steps to come) -> what is called after each."""
+    with _bar() as progress:
+
+        def begin(steps: int) -> Done:
+            task = progress.add_task("Measuring for the report", total=steps)
+            return lambda: progress.advance(task)
+
+        yield begin
+
+
+def _bar() -> Progress:
+    """On stderr; none where that is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    terminal = Console(stderr=True)
+    return Progress(*columns, console=terminal, disable=not terminal.is_terminal, transient=True)
 
 
 def _table_of(what: What, tables: list[RecordedTable], name: str | None) -> tuple[RecordedTable, int]:
@@ -226,55 +314,18 @@ def _bytes(text: str) -> int:
 @contextmanager
 def _progress(text: str, total: int) -> Iterator[Done]:
     """A bar on stderr; none where that is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    terminal = Console(stderr=True)
-    with Progress(*columns, console=terminal, disable=not terminal.is_terminal, transient=True) as progress:
+    with _bar() as progress:
         task = progress.add_task(text, total=total)
         yield lambda: progress.advance(task)
 
 
-def _new_table(first: str, accesses: int) -> Table:
-    columns = (first, "MiB", "hits", "static", "Belady", "unbounded", "misses", "reads", "MiB read", "amplification")
-    title = f"Share of {accesses:,} accesses, each a distinct row of a batch"
-    table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def _print_replays(console: Console, results: list[Replay]) -> None:
+    """Policies, each of one tier; or the tiers of a store."""
+    first, rows = result_rows(results)
+    accesses = results[0].bounds.accesses
+    table = Table(first, *COLUMNS, title=title(accesses), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
-    return table
-
-
-def _cells(result: Replay, slots: int) -> tuple[str, ...]:
-    limits = result.bounds
-    shares = (result.hits, limits.static, limits.belady, limits.unbounded)
-    return (
-        f"{slots * result.slot_bytes / 2**20:,.1f}",
-        *(f"{100 * each / max(limits.accesses, 1):.2f}%" for each in shares),
-        f"{result.counts.misses:,}",
-        f"{result.reads:,}",
-        f"{result.bytes_read / 2**20:,.0f}",
-        f"{result.amplification:.2f} x" if result.amplification else "",
-    )
-
-
-def _print_replays(console: Console, results: list[Replay]) -> None:
-    """Policies, each of one tier."""
-    table = _new_table("policy", results[0].bounds.accesses)
-    for result in results:
-        table.add_row(result.tier, *_cells(result, result.capacity))
-    console.print(table)
-
-
-def _print_tiers(console: Console, result: Replay) -> None:
-    """The tiers of a store, and both together where there are two: each tier's hits are a share of all accesses."""
-    if result.device is None:
-        _print_replays(console, [result])
-        return
-    table, above = _new_table("tier", result.bounds.accesses), result.device
-    for tier, policy, slots, counts in (
-        ("device", above.policy, above.capacity, above.counts),
-        ("host", result.tier, result.capacity, result.counts),
-    ):
-        size = f"{slots * result.slot_bytes / 2**20:,.1f}"
-        share = f"{100 * counts.hits / max(result.bounds.accesses, 1):.2f}%"
-        table.add_row(f"{tier}, {policy}", size, share, "", "", "", f"{counts.misses:,}")
-    table.add_row("both", *_cells(result, above.capacity + result.capacity))
+    for row in rows:
+        table.add_row(*row)
     console.print(table)

@@ -44,6 +44,15 @@ Only the demo's heads fit themselves to a table. For Qwen the last id ends a tex
 """
 
 
+def order_edges(family: str, *, vocabulary: int, num_rows: int | None = None) -> npt.NDArray[np.int64]:
+    """Where the rows of each order of n-grams begin in a family's table, and where it ends: int64[N], orders 2..N.
+
+    vocabulary, num_rows: as for `hashed`.
+    """
+    hasher = FAMILIES[family](vocabulary, num_rows)
+    return np.append(hasher.offsets[:: hasher.num_heads // hasher.context], hasher.num_rows)
+
+
 def hashed(
     family: str,
     tokens: npt.NDArray[np.int64],

@@ -7,10 +7,15 @@ from a trace: where several fetches are in flight, their pins keep slots that wo
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from tiercache import hot
 from tiercache.assemble import Beginning, beginning_of, level_of
 from tiercache.config import StoreConfig
 from tiercache.errors import ConfigError
+from tiercache.lab.groups import Groups, everything, replay_groups
+from tiercache.lab.sampling import choose
 from tiercache.lab.simulator import Counts
 from tiercache.lab.trace import Trace
 from tiercache.level import BYPASSES, HITS, MISSES, Level
@@ -28,6 +33,19 @@ class TierCounts(NamedTuple):
     counts: Counts
 
 
+class ByGroup(NamedTuple):
+    """Distinct rows of each group, int64[g] each: that no tier had, and that the device tier had not."""
+
+    missed: npt.NDArray[np.int64]
+    missed_above: npt.NDArray[np.int64]
+
+
+def stride_of(config: StoreConfig, tables: Sequence[RecordedTable]) -> int:
+    """Bytes of a slot of a store of these tables."""
+    unit = 8 if config.device is None else 16
+    return -(-max(table.record_bytes for table in tables) // unit) * unit
+
+
 def simulate_tiers(
     config: StoreConfig, tables: Sequence[RecordedTable], trace: Trace, *, on_batch: Callable[[], object] | None = None
 ) -> list[TierCounts]:
@@ -37,29 +55,56 @@ def simulate_tiers(
 
     on_batch: called after each batch of a stack of two. ConfigError as from `Store.open`.
     """
+    return simulate_groups(config, tables, trace, everything("all"), on_batch=on_batch)[0]
+
+
+def simulate_groups(
+    config: StoreConfig,
+    tables: Sequence[RecordedTable],
+    trace: Trace,
+    groups: Groups,
+    *,
+    rate: float = 1.0,
+    on_batch: Callable[[], object] | None = None,
+) -> tuple[list[TierCounts], ByGroup]:
+    """`simulate_tiers`, and misses by group. rate: of the sample that the trace is; hot sets are sampled likewise."""
     num_rows = sum(table.num_rows for table in tables)
-    unit = 8 if config.device is None else 16
-    stride = -(-max(table.record_bytes for table in tables) // unit) * unit
-    begin = beginning_of(config, num_rows)
+    stride = stride_of(config, tables)
+    begin = _sampled(beginning_of(config, num_rows), rate)
     host = level_of("host", config.host, begin.options, stride, num_rows)
     if config.device is None:
         _begin({"host": host}, begin)
-        host.replay(trace.rows, trace.offsets)
-        return [_counts("host", host, stride)]
+        missed = replay_groups(host, trace.rows, trace.offsets, groups)
+        return [_counts("host", host, stride)], ByGroup(missed, missed)
     device = level_of("device", config.device, begin.options, stride, num_rows)
     _begin({"device": device, "host": host}, begin)
     most = config.device.promotion // stride
     if not most:
         raise ConfigError(f"device.promotion = {config.device.promotion}: holds no row of {stride} bytes")
+    missed, found = np.zeros((2, len(groups.names)), np.int64)
     for rows in trace.batches():
         plan = StackPlan(rows.size, above=True)
         if not plan_stack(device, host, plan, rows, 0, most, idly=True):
             assert plan.above is not None
+            missed += groups.sizes(plan.below.misses)
+            found += groups.sizes(host.slots["key"][plan.below.held[: plan.below.hits]])
             device.release(plan.above)
             host.release(plan.below)
         if on_batch is not None:
             on_batch()
-    return [_counts("device", device, stride), _counts("host", host, stride)]
+    return [_counts("device", device, stride), _counts("host", host, stride)], ByGroup(missed, missed + found)
+
+
+def _sampled(begin: Beginning, rate: float) -> Beginning:
+    """What tiers of a sample of all rows begin with."""
+    if rate == 1:
+        return begin
+    limit = round(rate * 2**32)
+    options = {
+        name: {key: value[choose(value, limit)] if key == "hot_rows" else value for key, value in each.items()}
+        for name, each in begin.options.items()
+    }
+    return Beginning(options, {name: rows[choose(rows, limit)] for name, rows in begin.hot_sets.items()})
 
 
 def _begin(levels: dict[str, Level], begin: Beginning) -> None:
