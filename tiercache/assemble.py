@@ -1,13 +1,14 @@
 """From a config's tiers to levels, from levels to counts, and what a recording says of the tables."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from tiercache.config import TierConfig
+from tiercache.config import DeviceConfig, StoreConfig, TierConfig
 from tiercache.curve import Curve
 from tiercache.errors import ConfigError
+from tiercache.groups import keys_of
 from tiercache.level import BYPASSES, HITS, MISSES, PINNED, Level
 from tiercache.policies import POLICIES
 from tiercache.recording.blocks import RecordedTable
@@ -19,20 +20,33 @@ from tiercache.tiers import DeviceTier
 from tiercache.tiers.host import HostTier
 
 
+def stride_of(record_bytes: Iterable[int], config: StoreConfig) -> int:
+    """Bytes between the records of the tiers, for records of so many bytes."""
+    unit = 8 if config.device is None else 16
+    return -(-max(record_bytes) // unit) * unit
+
+
 def level_of(
-    tier: str, config: TierConfig, options: Mapping[str, Mapping[str, Any]], stride: int, num_rows: int
+    tier: str,
+    config: TierConfig,
+    options: Mapping[str, Mapping[str, Any]],
+    stride: int,
+    num_rows: int,
+    group_rows: int = 1,
 ) -> Level:
-    """The books of a tier: as many slots as fit its bytes, and never more than there are rows.
+    """The books of a tier: as many slots as fit its bytes, and never more than there are rows. stride: of records.
 
     ConfigError where not one fits, or the policy does not take these parameters.
     """
-    if config.capacity < stride:
+    slot_bytes = stride * group_rows
+    if config.capacity < slot_bytes:
+        what = f"row of {stride} bytes" if group_rows == 1 else f"group of {group_rows} rows of {stride} bytes"
         raise ConfigError(
-            f"{tier}.capacity = {config.capacity}: holds no row of {stride} bytes; allowed are {stride} bytes or more"
+            f"{tier}.capacity = {config.capacity}: holds no {what}; allowed are {slot_bytes} bytes or more"
         )
-    capacity = min(config.capacity // stride, num_rows, 2**30)
+    capacity = min(config.capacity // slot_bytes, num_rows if group_rows == 1 else 2**30, 2**30 // group_rows)
     try:
-        level = Level(POLICIES[config.policy], capacity, options[tier], num_rows)
+        level = Level(POLICIES[config.policy], capacity, options[tier], num_rows if group_rows == 1 else None)
     except (TypeError, ValueError) as error:
         given = {name: value for name, value in options[tier].items() if not isinstance(value, np.ndarray)}
         takes = ", ".join(POLICIES[config.policy].parameters) or "no options"
@@ -42,7 +56,18 @@ def level_of(
     return level
 
 
-def options_of(tier: str, config: TierConfig, num_rows: int) -> dict[str, Any]:
+def most_rising(config: DeviceConfig, stride: int, group_rows: int) -> int:
+    """Slots that may rise in one batch. ConfigError where not one may. stride: of records."""
+    slot_bytes = stride * group_rows
+    if config.promotion < slot_bytes:
+        what = f"row of {stride} bytes" if group_rows == 1 else f"group of {group_rows} rows of {stride} bytes"
+        raise ConfigError(
+            f"device.promotion = {config.promotion}: holds no {what}; allowed are {slot_bytes} bytes or more"
+        )
+    return config.promotion // slot_bytes
+
+
+def options_of(tier: str, config: TierConfig, num_rows: int, group_rows: int = 1) -> dict[str, Any]:
     """Parameters of a tier's policy. ConfigError where a row of its hot set is none of the store's: it is of other tables."""
     options: dict[str, Any] = dict(config.policy_options)
     if config.hot_set is not None:
@@ -51,7 +76,10 @@ def options_of(tier: str, config: TierConfig, num_rows: int) -> dict[str, Any]:
         if wrong.size:
             path = str(config.hot_set)
             raise ConfigError(f"{tier}.hot_set = {path!r}: has row {wrong[0]}; allowed are rows 0 to {num_rows - 1}")
-        options["hot_rows"] = rows
+        if rows.size % group_rows:
+            path = str(config.hot_set)
+            raise ConfigError(f"{tier}.hot_set = {path!r}: has {rows.size} rows; allowed are whole groups of {group_rows}")
+        options["hot_rows"] = rows if group_rows == 1 else keys_of(rows, group_rows)
     return options
 
 
@@ -60,8 +88,9 @@ def stats_of(tier: HostTier | DeviceTier, row_ns: float) -> LevelStats:
     level, counters = tier.level, tier.level.counters
     level.take_notes()
     hits, misses, bypasses = (int(counters[column]) for column in (HITS, MISSES, BYPASSES))
+    group_rows = tier.groups.size if tier.groups else 1
     if isinstance(tier, HostTier):
-        pays, why = host_pays(hits, misses, level.capacity, row_ns)
+        pays, why = host_pays(hits, misses, level.capacity, row_ns, group_rows)
     else:
         pays, why = device_pays(hits, misses - bypasses, hits + misses, level.capacity)
     curve = level.curve
@@ -69,9 +98,10 @@ def stats_of(tier: HostTier | DeviceTier, row_ns: float) -> LevelStats:
         policy=level.policy.name,
         capacity_slots=level.capacity,
         capacity_bytes=tier.capacity_bytes,
-        bookkeeping_bytes=level.nbytes,
+        bookkeeping_bytes=level.nbytes + (0 if tier.members is None else tier.members.nbytes),
         used_slots=int(np.count_nonzero(level.slots["key"] >= 0)),
         pinned_slots=int(counters[PINNED]),
+        group_rows=group_rows,
         hits=hits,
         misses=misses,
         bypasses=bypasses,

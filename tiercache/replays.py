@@ -21,7 +21,7 @@ from tiercache.lab.formats import FORMATS, load_recording, load_trace
 from tiercache.lab.replay import Replay, replay_live, replay_tiers
 from tiercache.lab.sweep import Done, sweep
 from tiercache.lab.tokens import TokenStream, load_tokens
-from tiercache.lab.trace import Trace, chunks, serving
+from tiercache.lab.trace import Trace, chunks, in_groups, serving
 from tiercache.policies import DEFAULT
 from tiercache.recording.blocks import MAGIC, RecordedTable
 from tiercache.recording.reader import Recording
@@ -134,9 +134,10 @@ def _run_tiers(what: What, config: StoreConfig, name: str | None, console: Conso
     table, base = _table_of(what, tables, name)
     wanted = _trace(what, table.num_rows, tables)
     wanted = wanted._replace(rows=wanted.rows + base) if base else wanted
+    uses = uses_of(in_groups(wanted, config.group_rows))
     with _progress(f"Planning {wanted.rows.size:,} rows", wanted.num_batches) as done:
-        result = replay_tiers(config, tables, wanted, uses_of(wanted), on_batch=done)
-    _print_tiers(console, result)
+        result = replay_tiers(config, tables, wanted, uses, on_batch=done)
+    _print_tiers(console, result, config.group_rows)
 
 
 def _run_store(what: What, config: Path, name: str | None, console: Console) -> None:
@@ -144,9 +145,11 @@ def _run_store(what: What, config: Path, name: str | None, console: Console) -> 
         tables = store.recorded_tables()
         table, _ = _table_of(what, tables, name)
         wanted = _trace(what, table.num_rows, tables)
+        group_rows = store.config.group_rows
+        uses = uses_of(in_groups(wanted, group_rows))
         with Console(stderr=True).status(f"Fetching {wanted.rows.size:,} rows"):
-            result = replay_live(store, wanted, uses_of(wanted), table=None if what.recorded else table.name)
-    _print_tiers(console, result)
+            result = replay_live(store, wanted, uses, table=None if what.recorded else table.name)
+    _print_tiers(console, result, group_rows)
     p50, p99 = np.percentile(result.latency_ns, (50, 99)) / 1e6
     console.print(f"{wanted.num_batches:,} fetches: p50 {p50:.3f} ms, p99 {p99:.3f} ms")
 
@@ -233,9 +236,10 @@ def _progress(text: str, total: int) -> Iterator[Done]:
         yield lambda: progress.advance(task)
 
 
-def _new_table(first: str, accesses: int) -> Table:
+def _new_table(first: str, accesses: int, group_rows: int) -> Table:
     columns = (first, "MiB", "hits", "static", "Belady", "unbounded", "misses", "reads", "MiB read", "amplification")
-    title = f"Share of {accesses:,} accesses, each a distinct row of a batch"
+    unit = "row" if group_rows == 1 else f"group of {group_rows} rows"
+    title = f"Share of {accesses:,} accesses, each a distinct {unit} of a batch"
     table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
@@ -255,20 +259,20 @@ def _cells(result: Replay, slots: int) -> tuple[str, ...]:
     )
 
 
-def _print_replays(console: Console, results: list[Replay]) -> None:
+def _print_replays(console: Console, results: list[Replay], group_rows: int = 1) -> None:
     """Policies, each of one tier."""
-    table = _new_table("policy", results[0].bounds.accesses)
+    table = _new_table("policy", results[0].bounds.accesses, group_rows)
     for result in results:
         table.add_row(result.tier, *_cells(result, result.capacity))
     console.print(table)
 
 
-def _print_tiers(console: Console, result: Replay) -> None:
+def _print_tiers(console: Console, result: Replay, group_rows: int) -> None:
     """The tiers of a store, and both together where there are two: each tier's hits are a share of all accesses."""
     if result.device is None:
-        _print_replays(console, [result])
+        _print_replays(console, [result], group_rows)
         return
-    table, above = _new_table("tier", result.bounds.accesses), result.device
+    table, above = _new_table("tier", result.bounds.accesses, group_rows), result.device
     for tier, policy, slots, counts in (
         ("device", above.policy, above.capacity, above.counts),
         ("host", result.tier, result.capacity, result.counts),

@@ -1,6 +1,7 @@
 """Store: tables of rows, held in tiers, behind `fetch`."""
 
 import errno
+import math
 import os
 import threading
 import time
@@ -19,11 +20,12 @@ import numpy.typing as npt
 import torch
 
 from tiercache import warm
-from tiercache.assemble import level_of, options_of, recorded_tables, stats_of
+from tiercache.assemble import level_of, most_rising, options_of, recorded_tables, stats_of, stride_of
 from tiercache.config import StoreConfig
 from tiercache.errors import ClosedError, ConfigError, StorageError
 from tiercache.flight import Flight, Ticket
 from tiercache.graph import StaticFetch
+from tiercache.groups import Groups
 from tiercache.level import MAX_PINS, PINNED, PLAN_MISSES, SLOT, pending_of
 from tiercache.recording.blocks import RecordedTable
 from tiercache.recording.recorder import Recorder
@@ -74,20 +76,21 @@ class Store:
         self._read_ns = self._read_rows = 0
         self._flights: set[Flight] = set()
         self._abandoned: deque[Flight] = deque()
-        unit = 8 if config.device is None else 16
-        self._stride = -(-max(table.record.record_bytes for table in tables.values()) // unit) * unit
+        size = config.group_rows
+        self._stride = stride_of((table.record.record_bytes for table in tables.values()), config)
         num_rows = sum(table.num_rows for table in tables.values())
-        self._host = HostTier(level_of("host", config.host, options, self._stride, num_rows), self._stride)
+        levels = {
+            tier: level_of(tier, section, options, self._stride, num_rows, size)
+            for tier, section in (("host", config.host), ("device", config.device))
+            if section is not None
+        }
+        capacities = (level.capacity for level in levels.values())
+        self._groups = Groups(size, num_rows, *capacities) if size > 1 else None
+        self._host = HostTier(levels["host"], self._stride * size, self._groups)
         self._device: DeviceTier | None = None
         if config.device is not None:
-            level = level_of("device", config.device, options, self._stride, num_rows)
-            most = config.device.promotion // self._stride
-            if not most:
-                raise ConfigError(
-                    f"device.promotion = {config.device.promotion}: holds no row of {self._stride} bytes; "
-                    f"allowed are {self._stride} bytes or more"
-                )
-            self._device = open_device_tier(config.device.device, level, self._host, most, device)
+            most = most_rising(config.device, self._stride, size)
+            self._device = open_device_tier(config.device.device, levels["device"], self._host, most, device)
         self._top = self._device or self._host
         on_disk = [table for table in tables.values() if isinstance(table, FileTable)]
         self._disk = (
@@ -155,7 +158,8 @@ class Store:
             raise ConfigError("table: is required; a store needs at least one table")
         num_rows = sum(table.num_rows for table in described.values())
         tiers = {"host": settings.host, "device": settings.device}
-        options = {name: options_of(name, tier, num_rows) for name, tier in tiers.items() if tier is not None}
+        size = settings.group_rows
+        options = {name: options_of(name, tier, num_rows, size) for name, tier in tiers.items() if tier is not None}
         store = cls(settings, described, options)
         for note in (*(store._disk.notes if store._disk else ()), *store._restored):
             warnings.warn(f"tiercache: {note}", RuntimeWarning, stacklevel=2)
@@ -175,7 +179,8 @@ class Store:
             record = table.record
             dtype = _DTYPES.get(self.config.dtype, record.default_dtype)
             verbatim = record.is_verbatim(dtype)
-            opened[name] = Table(name, base, table.num_rows, record, dtype, reader, verbatim)
+            size = self.config.group_rows
+            opened[name] = Table(name, base, table.num_rows, record, dtype, reader, verbatim, size)
             base += table.num_rows
         return opened
 
@@ -215,15 +220,16 @@ class Store:
         one. Returns dtype[*indices.shape, dim], or uint8[*indices.shape, record_bytes] with `raw`; written to `out` where
         that is given. With a device tier the rows are on its device, ready on `stream` (None: the current one) like the
         result of any operator; without streams, it must be None. Indices on the device cost one synchronisation with it.
+        Where `group_rows` is above 1, the indices are groups one behind the other.
 
         Raises IndexError for a row out of range (the first one is named), TypeError and ValueError for indices or an
-        output that do not fit, KeyError for an unknown table; then nothing has changed. StorageError where rows could
-        not be read: none of this call's are kept, and the next fetch works. ClosedError after `close`.
+        output that do not fit (or are not whole groups), KeyError for an unknown table; then nothing has changed. StorageError
+        where rows could not be read: none of this call's are kept, and the next fetch works. ClosedError after `close`.
         """
         wanted = self._table(table)
         rows, shape = rows_of(indices, wanted, self._top.torch_device)
         result, records = self._outputs(wanted, shape, rows.size, stream, out, raw)
-        flight = Flight(wanted, shape, self._top.room(rows.size))
+        flight = Flight(wanted, shape, self._top.room(rows))
         self._require_here()
         try:
             with self._lock:
@@ -254,7 +260,7 @@ class Store:
             raise ValueError(f"deadline = {deadline!r}: allowed are seconds from now, 0 or more")
         rows, shape = rows_of(indices, wanted, self._top.torch_device)
         due = time.monotonic_ns() + (_PATIENCE_NS if deadline is None else int(min(deadline, 1e9) * 1e9))
-        flight = Flight(wanted, shape, self._top.room(rows.size))
+        flight = Flight(wanted, shape, self._top.room(rows))
         try:
             self._plan(flight, rows)
             self._read(flight, due)
@@ -279,6 +285,8 @@ class Store:
         shape = shape_of(shape)
         if not isinstance(self._device, StreamTier):
             raise ValueError("static_fetch: needs a device tier with streams; a store on the CPU has none")
+        if math.prod(shape) % wanted.group_rows:
+            raise ValueError(f"shape = {shape}: this store serves groups of {wanted.group_rows} rows; allowed are whole groups")
         result, _ = self._outputs(wanted, shape, 0, None, out, raw)
         return StaticFetch(self, self._device, wanted, shape, result)
 
@@ -295,7 +303,7 @@ class Store:
         about = self._about("save")
         with self._lock:
             self._reap(len(self._abandoned))  # what has risen is then known to be there
-        return warm.save(Path(path), self._tiers, about, self._stride, self._lock, self._require_open)
+        return warm.save(Path(path), self._tiers, about, self._host.stride, self._lock, self._require_open)
 
     def record(self, path: str | os.PathLike[str]) -> Recorder:
         """Begin to record the rows of every fetch and prefetch, in the order in which they are planned, until it is closed.
@@ -339,6 +347,9 @@ class Store:
             self._reap(len(self._abandoned))
             for tier in {self._host, self._top}:
                 tier.level.check()
+                if self._groups is not None:
+                    assert tier.members is not None
+                    self._groups.check(tier.level, tier.members)
                 if not self._flights:
                     assert tier.level.counters[PINNED] == 0, "slots are pinned and nothing is in flight"
                     assert not tier.level.slots["pending"].any(), "slots are pending and nothing is in flight"
@@ -370,7 +381,9 @@ class Store:
         return ({} if self._device is None else {"device": self._device}) | {"host": self._host}
 
     def _about(self, what: str) -> list[AboutTable]:
-        """What an image says of the tables. ConfigError where one is a source."""
+        """What an image says of the tables. ConfigError where one is a source, and for tiers of groups."""
+        if self._groups is not None:
+            raise ConfigError(f"{what}: the tiers hold groups of {self._groups.size} rows; allowed is group_rows = 1")
         if sources := [name for name in self._tables if name not in self._files]:
             raise ConfigError(f"{what}: table {sources[0]!r} is a source, not a file; allowed are tables on disk")
         return about_tables(self._files)
@@ -445,7 +458,7 @@ class Store:
         for recorder in self._recorders:
             recorder.add(flight.table.base, rows)
         self._fetches += 1
-        self._rows += flight.plan.where.size
+        self._rows += rows.size
         if served:
             self._flights.discard(flight)
             return
@@ -464,7 +477,11 @@ class Store:
         if plan.staged > len(flight.staging):
             flight.staging = self._top.staging(plan.staged)
         flight.staged = plan.staged
-        flight.job = self._submit(flight, plan.misses, plan.fill, flight.borrowed_rows, due_ns)
+        if self._groups is None:
+            flight.job = self._submit(flight, plan.misses, plan.fill, flight.borrowed_rows, due_ns)
+        else:
+            wanted = self._groups.rows_in(flight.borrowed)
+            flight.job = self._submit(flight, self._groups.missing(flight.plan), plan.fill, wanted, due_ns)
 
     def _submit(
         self,
@@ -474,6 +491,7 @@ class Store:
         wanted: npt.NDArray[np.int64],
         due_ns: int,
     ) -> Any:
+        """Begin to read rows to places, which are of groups where the tiers keep such."""
         slots, entries = self._host.buffer.slots, self._host.level.slots
         targets = Targets(
             slots.ctypes.data,
@@ -482,7 +500,9 @@ class Store:
             self._stride,
             entries.ctypes.data + _PENDING,
             SLOT.itemsize,
+            flight.table.group_rows,
         )
+        places = places if self._groups is None else self._groups.places(places)
         base = flight.table.base
         alive = slots, entries, flight.staging
         try:
@@ -522,7 +542,7 @@ class Store:
         with self._lock:
             if waited_ns:
                 self._read_ns += waited_ns
-                self._read_rows += int(flight.plan.below.counts[PLAN_MISSES])
+                self._read_rows += int(flight.plan.below.counts[PLAN_MISSES]) * flight.table.group_rows
             self._end(flight)
 
     def _await(self, flight: Flight) -> None:
@@ -540,12 +560,14 @@ class Store:
         entries = self._host.level.slots[flight.borrowed]
         lost = (entries["pending"] != 0) | (entries["key"] != flight.borrowed_rows)
         if lost.any():
-            self._read_again(flight, flight.borrowed[lost], flight.borrowed_rows[lost])
+            slots = flight.borrowed[lost]
+            rows = flight.borrowed_rows[lost] if self._groups is None else self._groups.rows_in(slots)
+            self._read_again(flight, slots, rows)
 
     def _read_again(self, flight: Flight, slots: npt.NDArray[np.int32], rows: npt.NDArray[np.int64]) -> None:
         """Read rows that were to come into these slots to the staging area instead."""
         where, old, begin = flight.plan.where, flight.staging, flight.staged
-        flight.staged += rows.size
+        flight.staged += slots.size
         if flight.staged > len(old):
             flight.staging = self._top.staging(flight.staged)
             flight.staging[:begin] = old[:begin] if begin else 0

@@ -7,11 +7,10 @@ from a trace: where several fetches are in flight, their pins keep slots that wo
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tiercache.assemble import level_of, options_of
+from tiercache.assemble import level_of, most_rising, options_of, stride_of
 from tiercache.config import StoreConfig
-from tiercache.errors import ConfigError
 from tiercache.lab.simulator import Counts
-from tiercache.lab.trace import Trace
+from tiercache.lab.trace import Trace, in_groups
 from tiercache.level import BYPASSES, HITS, MISSES, Level
 from tiercache.recording.blocks import RecordedTable
 from tiercache.stack import StackPlan, plan_stack
@@ -32,21 +31,20 @@ def simulate_tiers(
 ) -> list[TierCounts]:
     """The tiers of a config over tables of these sizes, the device's first; they begin empty. Rows are rows of the store.
 
-    on_batch: called after each batch of a stack of two. ConfigError as from `Store.open`.
+    With `group_rows` what is counted are groups. on_batch: called after each batch of a stack of two. ConfigError as from
+    `Store.open`, and where a batch is not whole groups.
     """
-    num_rows = sum(table.num_rows for table in tables)
-    unit = 8 if config.device is None else 16
-    stride = -(-max(table.record_bytes for table in tables) // unit) * unit
+    num_rows, size = sum(table.num_rows for table in tables), config.group_rows
+    stride = stride_of((table.record_bytes for table in tables), config)
+    trace = in_groups(trace, size)
     named = {"device": config.device, "host": config.host}
-    options = {name: options_of(name, tier, num_rows) for name, tier in named.items() if tier is not None}
-    host = level_of("host", config.host, options, stride, num_rows)
+    options = {name: options_of(name, tier, num_rows, size) for name, tier in named.items() if tier is not None}
+    host = level_of("host", config.host, options, stride, num_rows, size)
     if config.device is None:
         host.replay(trace.rows, trace.offsets)
-        return [_counts("host", host, stride)]
-    device = level_of("device", config.device, options, stride, num_rows)
-    most = config.device.promotion // stride
-    if not most:
-        raise ConfigError(f"device.promotion = {config.device.promotion}: holds no row of {stride} bytes")
+        return [_counts("host", host, stride * size)]
+    device = level_of("device", config.device, options, stride, num_rows, size)
+    most = most_rising(config.device, stride, size)
     for rows in trace.batches():
         plan = StackPlan(rows.size, above=True)
         if not plan_stack(device, host, plan, rows, 0, most, idly=True):
@@ -55,7 +53,7 @@ def simulate_tiers(
             host.release(plan.below)
         if on_batch is not None:
             on_batch()
-    return [_counts("device", device, stride), _counts("host", host, stride)]
+    return [_counts("device", device, stride * size), _counts("host", host, stride * size)]
 
 
 def _counts(tier: str, level: Level, stride: int) -> TierCounts:
