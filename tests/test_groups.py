@@ -499,5 +499,5 @@ def test_images_of_groups_are_refused(tmp_path):
     with Store.open(config) as store, pytest.raises(ConfigError, match="save: the tiers hold groups of 8 rows"):
         store.save(tmp_path / "image")
     assert not (tmp_path / "image").exists()
-    with pytest.raises(ConfigError, match="restore = .*: the tiers hold groups of 8 rows"):
+    with pytest.raises(ConfigError, match=r"restore = .*: the tiers hold groups of 8 rows"):
         Store.open(config | {"restore": str(tmp_path / "image")})

@@ -86,8 +86,8 @@ class Groups:
         """For tables of `num_rows` rows in all, and tiers of so many slots."""
         self.size = size
         kind: type = np.int32 if num_rows <= 1 << 31 else np.int64
-        self.upper = np.full((upper, size), -1, kind)
-        self.lower = np.full((lower, size), -1, kind)
+        self.upper: npt.NDArray[Any] = np.full((upper, size), -1, kind)
+        self.lower: npt.NDArray[Any] = np.full((lower, size), -1, kind)
 
     def room(self, rows: npt.NDArray[np.int64], *, above: bool) -> StackPlan:
         """Room for the plan of these rows, a group behind the other."""
