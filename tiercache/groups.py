@@ -103,6 +103,8 @@ class Groups:
         as every key was resident; whether that is so still is returned. Under the lock that the batch was planned under.
         """
         above = plan.above
+        if served and above is None and _agree(plan.where, plan.rows, self.lower):
+            return True
         if above is not None:
             _note_risen(above, self.lower, self.upper)
         strays = _settle(plan.where, plan.below, plan.rows, self.upper, self.lower)
@@ -151,6 +153,21 @@ def _note_risen(above: Plan, lower: Any, upper: Any) -> None:
         slot, source = above.all_held[hits + i], above.all_fill[i]
         for k in range(lower.shape[1]):
             upper[slot, k] = lower[source, k]
+
+
+@lean
+def _agree(where: Any, rows: Any, members: Any) -> bool:
+    """Whether every group is what its slot has: `_settle` for a batch that hit, of which it needs the places alone."""
+    size = members.shape[1]
+    bytes_a_slot, members_at = size * members.itemsize, members.ctypes.data
+    other = int64(0)
+    for i in range(where.size):
+        if i + _AHEAD < where.size:
+            prefetch(members_at + int64(where[i + _AHEAD]) * bytes_a_slot)
+        slot = int64(where[i])
+        for k in range(size):
+            other |= members[slot, k] ^ rows[i * size + k]
+    return other == 0
 
 
 @lean

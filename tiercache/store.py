@@ -92,6 +92,7 @@ class Store:
             most = most_rising(config.device, self._stride, size)
             self._device = open_device_tier(config.device.device, levels["device"], self._host, most, device)
         self._top = self._device or self._host
+        self._num_above = 0 if self._device is None else self._device.level.capacity
         on_disk = [table for table in tables.values() if isinstance(table, FileTable)]
         self._disk = (
             Disk(
@@ -559,6 +560,8 @@ class Store:
         self._raise_error(flight, job)
         entries = self._host.level.slots[flight.borrowed]
         lost = (entries["pending"] != 0) | (entries["key"] != flight.borrowed_rows)
+        if self._groups is not None:  # a stray waited for the slot of another group
+            lost &= np.isin(flight.borrowed + self._num_above, flight.plan.where)
         if lost.any():
             slots = flight.borrowed[lost]
             rows = flight.borrowed_rows[lost] if self._groups is None else self._groups.rows_in(slots)
@@ -575,9 +578,8 @@ class Store:
         flight.job = self._submit(flight, rows, places, _NO_ROWS, 0)
         flight.job.wait()
         self._raise_error(flight, flight.job)
-        above = 0 if self._device is None else self._device.level.capacity
         for slot, place in zip(slots.tolist(), places.tolist(), strict=True):
-            where[where == above + slot] = place
+            where[where == self._num_above + slot] = place
 
     def _load(self, flight: Flight, rows: npt.NDArray[np.int64]) -> None:
         """For a StaticFetch, which gives the flight up where this raises: bring its rows to its places, and hold them."""
