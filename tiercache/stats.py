@@ -16,8 +16,6 @@ class CurvePoint(NamedTuple):
 class LevelStats(NamedTuple):
     """One tier. Counts are of distinct rows of each batch; a tier is asked for what the one above it has not.
 
-    With `group_rows` above 1 a slot holds a group of so many rows, and what is said here of rows is of groups.
-
     policy             name of its policy
     capacity_slots     rows that it has room for; never more than the tables have
     capacity_bytes     bytes of these slots, each record as wide as the widest of all tables
@@ -31,7 +29,7 @@ class LevelStats(NamedTuple):
     curve_uses         uses of rows of the sample so far, which the curve is made of; with few it says little
     pays               whether the tier saves more than it costs; None where that is not known yet
     why                what that is judged by, to be read
-    group_rows         rows in a slot
+    group_rows         rows in a slot; where these are several, what is said above of rows is of such groups
     """
 
     policy: str
