@@ -17,9 +17,8 @@ from _common import GIB, Figure, Rows, console, parser, report, timed
 
 from tiercache import Store
 from tiercache.engram.families import hashed
-from tiercache.groups import keys_of
 from tiercache.lab.tokens import SHIPPED, SHIPPED_VOCABULARY, load_tokens
-from tiercache.lab.trace import serving
+from tiercache.lab.trace import Trace, in_groups, serving
 from tiercache.level import HITS, MISSES, Level
 from tiercache.policies import DEFAULT, POLICIES
 from tiercache.records import plain
@@ -51,42 +50,41 @@ def main() -> None:
 
 
 class Kept(NamedTuple):
-    """What a tier did: its hit rate, the rows read a row asked for, and the share of records that it holds twice at the end."""
+    """What a tier did: its hit rate, and what it missed of what was asked for, duplicates within a batch included."""
 
     rate: float
     read: float
-    twice: float
 
 
 def _rates(family: str, name: str, arguments: argparse.Namespace) -> list[Figure]:
     stream = load_tokens(arguments.trace).first(arguments.tokens)
     trace = serving(hashed(family, stream.tokens, stream.documents, vocabulary=SHIPPED_VOCABULARY), stream.documents)
-    keys = keys_of(trace.rows, SIZE)
+    grouped = in_groups(trace, SIZE)
+    known, first = np.unique(grouped.rows, return_index=True)
     touched = np.unique(trace.rows).size
     figures = []
     for share in SHARES:
         slots = int(share * touched) // SIZE
-        rows = _kept(slots * SIZE, trace.rows, trace.offsets, np.arange(trace.rows.size).reshape(-1, 1), trace.rows)
-        groups = _kept(slots, keys, trace.offsets // SIZE, np.arange(trace.rows.size).reshape(-1, SIZE), trace.rows)
+        rows, _ = _kept(slots * SIZE, trace)
+        groups, resident = _kept(slots, grouped)
+        held = trace.rows.reshape(-1, SIZE)[first[np.searchsorted(known, resident)]]
         what = f"{name}, tier of {share:.0%}"
         figures += [
             Figure(f"{what}: hit rate less that of rows", 100 * (groups.rate - rows.rate), "points", at_least=-1),
             Figure(f"{what}: hit rate", 100 * groups.rate, "%", "rows", 100 * rows.rate),
             Figure(f"{what}: rows read of 100 asked for", 100 * groups.read, "", "rows", 100 * rows.read),
-            Figure(f"{what}: records that are there twice", 100 * groups.twice, "%"),
+            Figure(f"{what}: records that are there twice", 100 * (1 - np.unique(held).size / held.size), "%"),
         ]
     return figures
 
 
-def _kept(slots: int, keys: Rows, offsets: Rows, places: Rows, rows: Rows) -> Kept:
-    """Replay keys over a tier; the rows of a key are rows[places[i]] for any of its positions i."""
+def _kept(slots: int, trace: Trace) -> tuple[Kept, Rows]:
+    """What a tier of the default policy does with a trace, and the keys that it holds at the end."""
     level = Level(POLICIES[DEFAULT], slots)
-    level.replay(keys, offsets)
+    level.replay(*trace)
     hits, misses = (int(level.counters[column]) for column in (HITS, MISSES))
-    resident = level.slots["key"][level.slots["key"] >= 0]
-    unique, first = np.unique(keys, return_index=True)
-    held = rows[places[first[np.searchsorted(unique, resident)]]]
-    return Kept(hits / (hits + misses), misses * places.shape[1] / rows.size, 1 - np.unique(held).size / held.size)
+    keys: Rows = level.slots["key"][level.slots["key"] >= 0]
+    return Kept(hits / (hits + misses), misses / trace.rows.size), keys
 
 
 class _Numbered:
