@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 _WITH_TABLE = ("cold", "small", "mixed", "memory", "restart", "startup")
-_WITHOUT_TABLE = ("hot", "policies", "curves", "hashing", "record", "tiers", "kernels")
+_WITHOUT_TABLE = ("hot", "policies", "curves", "hashing", "record", "tiers", "groups", "kernels")
 
 
 def main() -> None:

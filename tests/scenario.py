@@ -19,10 +19,11 @@ from tiercache.store import Store
 from tiercache.testing import FaultySource, broken, oracle
 
 
-def run(directory, engine, direct, policy):
+def run(directory, engine, direct, policy, group_rows=1):
     """Digest and counts of one store; bytes are compared with the oracle on the way."""
     records = oracle(np.arange(90), 264)
-    config = config_of(capacity=12 * 264, engine=engine, direct=direct, policy=policy, verify="off")
+    config = config_of(capacity=12 * 264 * group_rows, engine=engine, direct=direct, policy=policy, verify="off")
+    config["group_rows"] = group_rows
     config["table"] = [
         {"name": "shards", "path": directory / "model.safetensors.index.json", "fields": ["rows.{shard}"]},
         {"name": "fields", "path": directory / "engram.safetensors", "fields": ["weight", "scale"]},
@@ -35,7 +36,7 @@ def run(directory, engine, direct, policy):
     with Store.open(config, tables={"memory": records, "faulty": faulty}) as store:
         for number in range(24):
             table = store.tables[number % len(store.tables)]
-            rows = random.integers(0, 90, int(random.integers(0, 20)))
+            rows = random.integers(0, 90, group_rows * int(random.integers(0, 20)))
             try:
                 ticket = store.prefetch(rows[::-1].copy(), table=table, deadline=float(random.random()))
                 served = store.fetch(rows, table=table, raw=True).numpy()
@@ -45,14 +46,14 @@ def run(directory, engine, direct, policy):
                 continue
             assert np.array_equal(served, records[rows])
             digest.update(served.tobytes())
-            digest.update(store.fetch(rows[:3], table=table).float().numpy().tobytes())
+            digest.update(store.fetch(rows[: 3 * group_rows], table=table).float().numpy().tobytes())
         with broken(directory / "0.safetensors"):
             for row in range(3):
                 try:
-                    store.fetch([row, 80], table="shards")
+                    store.fetch(np.resize([row, 80], 2 * group_rows), table="shards")
                 except StorageError as error:
                     failures.append(error.errno)
-        digest.update(store.fetch(range(90), table="shards").numpy().tobytes())
+        digest.update(store.fetch(range(90 // group_rows * group_rows), table="shards").numpy().tobytes())
         store.check()
         stats = store.stats()
     counts = [stats.host.hits, stats.host.misses, stats.host.bypasses, stats.fetches, stats.rows]
@@ -74,6 +75,7 @@ def main(directory):
     results = {"verified": verified(directory)}
     for engine, direct, policy in [("uring", True, "s3fifo"), ("threads", False, "wtinylfu"), ("uring", False, "sieve")]:
         results[f"{engine} {direct} {policy}"] = run(directory, engine, direct, policy)
+    results["groups"] = run(directory, "threads", True, "lru", group_rows=8)
     return results
 
 

@@ -57,12 +57,12 @@ def config_of(path=None, *, capacity=1 << 20, policy="s3fifo", engine="threads",
     }
 
 
-def open_with(policy, options, capacity_bytes, paths, sources, *, device=None, **storage):
+def open_with(policy, options, capacity_bytes, paths, sources, *, device=None, group_rows=1, **storage):
     """A store under any policy, with parameters that a config cannot give.
 
     device: None, or (policy, options, config of the device tier, Device or None).
     """
-    config = StoreConfig.load(config_of(capacity=capacity_bytes, **storage))
+    config = StoreConfig.load(config_of(capacity=capacity_bytes, **storage) | {"group_rows": group_rows})
     update = {"host": config.host.model_copy(update={"policy": policy})}
     options, on = {"host": options}, None
     if device is not None:

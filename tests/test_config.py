@@ -100,7 +100,7 @@ def test_a_mapping_may_say_tables():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"tabel": []}, r"tabel = \[\]: unknown; allowed are dtype, mode, restore, table, device, host, storage"),
+        ({"tabel": []}, r"tabel = \[\]: unknown; allowed are dtype, mode, group_rows, restore, table, device, host, storage"),
         ({"table": [TABLE | {"size": 3}]}, r"table\.0\.size = 3: unknown; allowed are name, path, fields, resident"),
         ({"host": {"capcity": 1}}, r"host\.capcity = 1: unknown; allowed are capacity, policy, policy_options"),
         ({"storage": {"x": 1}}, r"storage\.x = 1: unknown; allowed are engine, queue_depth, direct, verify"),

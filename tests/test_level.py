@@ -283,6 +283,15 @@ def test_large_outputs_are_exact(streamed, num_bytes):
     assert streamed == [around, around + 1, around + 9, around + 64]
 
 
+@pytest.mark.parametrize("num_bytes", [2049, 2112, 4096, 5000])
+@pytest.mark.parametrize("skew", [0, 8, 63])
+def test_wide_records_are_exact(streamed, num_bytes, skew):
+    around = -(-host._LARGE_BYTES // num_bytes)
+    for num_positions in (0, 1, 2, host._WIDE_AHEAD, around - 1, around, around + 9):
+        assert gathered(num_bytes, num_positions, skew)
+    assert not streamed
+
+
 @pytest.mark.parametrize("num_bytes", [1, 8, 264, 2047, 2048, 2049, 5000])
 def test_outputs_that_are_not_streamed_are_exact(streamed, num_bytes):
     around = -(-host._LARGE_BYTES // num_bytes)

@@ -429,4 +429,4 @@ def test_jit_off_serves_and_counts_the_same(tmp_path):
         assert done.returncode == 0, done.stderr
         printed.append(json.loads(done.stdout))
     assert printed[0] == printed[1]
-    assert len(printed[0]) == 4
+    assert len(printed[0]) == 5

@@ -1,6 +1,6 @@
 """The configuration of a store: every setting with its default, unit and reason. Read by `store` and `cli` only.
 
-The first five settings say what a store does, the two sections how fast. `StoreConfig.load` takes a TOML file or a
+The first six settings say what a store does, the two sections how fast. `StoreConfig.load` takes a TOML file or a
 mapping of the same shape; whatever it refuses is a ConfigError that names the field, the value and what is allowed.
 """
 
@@ -54,6 +54,12 @@ def _number(value: object) -> int | float:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("allowed is a number")
+    return value
+
+
+def _group_rows(value: int) -> int:
+    if value not in (1, 2, 4, 8, 16):
+        raise ValueError("allowed are 1, 2, 4, 8 and 16")
     return value
 
 
@@ -153,6 +159,9 @@ class StoreConfig(_Section):
     """What `fetch` returns. auto: the table's own dtype, bfloat16 for fp8."""
     mode: Literal["r"] = "r"
     """Read-only; the one mode there is."""
+    group_rows: Annotated[int, Field(strict=True), AfterValidator(_group_rows)] = 1
+    """Rows that are always asked for together, as the heads of one n-gram, and that the tiers then keep together: one probe
+    and one copy for all of them. `fetch` takes whole groups, each with its rows in one order. 1: every row by itself."""
     restore: _Path | None = None
     """An image that `Store.save` wrote: the tiers begin with what they held. Where nothing is there yet they begin empty."""
     tables: tuple[TableConfig, ...] = Field((), alias="table")

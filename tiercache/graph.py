@@ -56,7 +56,9 @@ class StaticFetch:
         self._store, self._tier, self._table, self._shape = store, tier, table, shape
         size = math.prod(shape)
         self._where = tier.device.slots(1, 4 * max(size, 1)).view(-1).view(torch.int32)[:size]
-        self._staging = tier.staging(2 * size)
+        self._half = size // table.group_rows
+        """Slots of half the staging area."""
+        self._staging = tier.staging(2 * self._half)
         self._view = tier.device.view(self._staging)
         self._halves: list[Flight | None] = [None, None]
         self._stream: Any = None
@@ -78,12 +80,12 @@ class StaticFetch:
         self._retire(before, stream)
         if before is not None and before.event is not None:
             before.event.wait()
-        flight = Flight(self._table, rows, shape, self._tier.room(rows.size))
-        flight.staging = self._staging[half * rows.size : (half + 1) * rows.size]
+        flight = Flight(self._table, rows, shape, self._tier.room(rows))
+        flight.staging = self._staging[half * self._half : (half + 1) * self._half]
         try:
             self._store._load(flight, rows)
             where = flight.plan.where
-            where[where < 0] -= half * rows.size
+            where[where < 0] -= half * self._half
             flight.event = Unreached()
             self._halves[half] = flight
         except BaseException:

@@ -22,7 +22,7 @@ from tiercache.lab.formats import FORMATS, load_recording, load_trace
 from tiercache.lab.replay import Replay, replay_live, replay_tiers
 from tiercache.lab.sweep import Done, sweep
 from tiercache.lab.tokens import TokenStream, load_tokens
-from tiercache.lab.trace import Trace, chunks, serving
+from tiercache.lab.trace import Trace, chunks, in_groups, serving
 from tiercache.policies import DEFAULT
 from tiercache.recording.blocks import MAGIC, RecordedTable
 from tiercache.recording.reader import Recording
@@ -103,6 +103,8 @@ def run(
     report: a page of HTML to write, which shows the command line and what is told: warnings, as they come.
     """
     _require_sense(what, simulated, config, name, simulate=simulate)
+    if report is not None and config is not None and (size := StoreConfig.load(config).group_rows) > 1:
+        raise ConfigError(f"--report: tells of rows; the tiers of {config} hold groups of {size}, allowed is group_rows = 1")
     with ExitStack() as stack:
         wanted = None if report is None else Wanted(stack.enter_context(report_file(report)), command, told)
         if config is None:
@@ -178,10 +180,10 @@ def _run_tiers(what: What, config: StoreConfig, name: str | None, console: Conso
     table, base = _table_of(what, tables, name)
     wanted = _trace(what, table.num_rows, tables)
     wanted = wanted._replace(rows=wanted.rows + base) if base else wanted
-    uses = uses_of(wanted)
+    uses = uses_of(in_groups(wanted, config.group_rows))
     with _progress(f"Planning {wanted.rows.size:,} rows", wanted.num_batches) as done:
         result = replay_tiers(config, tables, wanted, uses, on_batch=done)
-    _print_replays(console, [result])
+    _print_replays(console, [result], config.group_rows)
     if report is not None:
         subject = _subject(what, report, table.num_rows, tables, base)
         with _measuring() as steps:
@@ -194,10 +196,11 @@ def _run_store(what: What, config: Path, name: str | None, console: Console, rep
         tables = store.recorded_tables()
         table, base = _table_of(what, tables, name)
         wanted = _trace(what, table.num_rows, tables)
-        uses = uses_of(wanted)
+        group_rows = store.config.group_rows
+        uses = uses_of(in_groups(wanted, group_rows))
         with Console(stderr=True).status(f"Fetching {wanted.rows.size:,} rows"):
             result = replay_live(store, wanted, uses, table=None if what.recorded else table.name)
-    _print_replays(console, [result])
+    _print_replays(console, [result], group_rows)
     p50, p99 = np.percentile(result.latency_ns, (50, 99)) / 1e6
     console.print(f"{wanted.num_batches:,} fetches: p50 {p50:.3f} ms, p99 {p99:.3f} ms")
     if report is not None:
@@ -319,11 +322,11 @@ def _progress(text: str, total: int) -> Iterator[Done]:
         yield lambda: progress.advance(task)
 
 
-def _print_replays(console: Console, results: list[Replay]) -> None:
+def _print_replays(console: Console, results: list[Replay], group_rows: int = 1) -> None:
     """Policies, each of one tier; or the tiers of a store."""
     first, rows = result_rows(results)
-    accesses = results[0].bounds.accesses
-    table = Table(first, *COLUMNS, title=title(accesses), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    caption = title(results[0].bounds.accesses, group_rows)
+    table = Table(first, *COLUMNS, title=caption, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:

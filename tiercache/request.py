@@ -25,10 +25,15 @@ class Table(NamedTuple):
     reader: Reader
     verbatim: bool
     """Whether a record's bytes are its decoded row."""
+    group_rows: int = 1
+    """Rows that are asked for together."""
 
 
 def rows_of(indices: Any, table: Table, device: torch.device) -> tuple[npt.NDArray[np.int64], tuple[int, ...]]:
-    """(rows of the store int64[n], shape asked for). TypeError for what is not integers, IndexError for the first bad row."""
+    """(rows of the store int64[n], shape asked for). TypeError for what is not integers, IndexError for the first bad row.
+
+    ValueError where they are not whole groups.
+    """
     if isinstance(indices, torch.Tensor):
         check_tensor(with_values(indices, "indices"), device)
         array = (indices if indices.device.type == "cpu" else indices.cpu()).numpy()
@@ -41,6 +46,10 @@ def rows_of(indices: Any, table: Table, device: torch.device) -> tuple[npt.NDArr
         if not array.dtype.isnative:
             array = array.astype(np.int64)
     shape = array.shape
+    if array.size % table.group_rows:
+        raise ValueError(
+            f"indices are {array.size} rows; this store serves groups of {table.group_rows}: allowed are whole groups"
+        )
     rows = np.empty(array.size, np.int64)
     bad = _localise(np.ascontiguousarray(array).reshape(-1), table.base, table.num_rows, rows)
     if bad >= 0:

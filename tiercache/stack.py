@@ -42,9 +42,13 @@ class StackPlan:
     below    the host level's plan for what the device level has not; its `where` is of those positions only
     absent   int32[n], rest int64[n]: room for those positions and their rows
     after    what a stream must wait for before it reads these places, if there are streams
+    rows, keys  of groups only: int64[n * size], the row numbers, and int64[n], what the levels know them by
     """
 
-    __slots__ = ("above", "absent", "after", "below", "rest", "where")
+    __slots__ = ("above", "absent", "after", "below", "keys", "rest", "rows", "where")
+
+    rows: npt.NDArray[np.int64]
+    keys: npt.NDArray[np.int64]
 
     def __init__(self, size: int, *, above: bool) -> None:
         """Room for the plan of a batch of `size` rows."""

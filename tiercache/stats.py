@@ -17,8 +17,8 @@ class LevelStats(NamedTuple):
     """One tier. Counts are of distinct rows of each batch; a tier is asked for what the one above it has not.
 
     policy             name of its policy
-    capacity_slots     records that it has room for; never more than the tables have rows
-    capacity_bytes     bytes of these slots, each as wide as the widest record of all tables
+    capacity_slots     rows that it has room for; never more than the tables have
+    capacity_bytes     bytes of these slots, each record as wide as the widest of all tables
     bookkeeping_bytes  bytes beside them: entries, index, the policy's state, the sample that the curve is counted with
     used_slots         slots that hold a row, or wait for one that is being read
     pinned_slots       slots that a fetch or a ticket in flight keeps from eviction
@@ -29,6 +29,7 @@ class LevelStats(NamedTuple):
     curve_uses         uses of rows of the sample so far, which the curve is made of; with few it says little
     pays               whether the tier saves more than it costs; None where that is not known yet
     why                what that is judged by, to be read
+    group_rows         rows in a slot; where these are several, what is said above of rows is of such groups
     """
 
     policy: str
@@ -44,6 +45,7 @@ class LevelStats(NamedTuple):
     curve_uses: int
     pays: bool | None
     why: str
+    group_rows: int = 1
 
     @property
     def hit_rate(self) -> float:
@@ -54,7 +56,8 @@ class LevelStats(NamedTuple):
         """Some lines on the tier, to be read."""
         asked = self.hits + self.misses
         held = f"{self.used_slots:,} of {self.capacity_slots:,} slots used, {self.capacity_bytes / 2**20:,.1f} MiB"
-        lines = [f"{self.policy}: {self.hit_rate:.1%} of {asked:,} rows were hits; {held}"]
+        what = "rows" if self.group_rows == 1 else f"groups of {self.group_rows} rows"
+        lines = [f"{self.policy}: {self.hit_rate:.1%} of {asked:,} {what} were hits; {held}"]
         if self.curve_uses:
             shown = (f"{rate:.1%} at {slots / self.capacity_slots:.3g} x" for slots, rate in self.curve)
             lines.append("LRU would have: " + ", ".join(shown))
@@ -62,20 +65,23 @@ class LevelStats(NamedTuple):
         return "\n".join([*lines, f"{verdict}: {self.why}"])
 
 
-def host_pays(hits: int, misses: int, capacity_slots: int, row_ns: float) -> tuple[bool | None, str]:
+def host_pays(
+    hits: int, misses: int, capacity_slots: int, row_ns: float, group_rows: int = 1
+) -> tuple[bool | None, str]:
     """Whether a host tier saves more time than it costs, and why. row_ns: time that a row from below takes; 0 if unknown.
 
-    A hit saves the time of a row from below; each row that is asked for costs BOOKS_NS.
+    A hit saves the time of a row from below, or of the rows of a group; each that is asked for costs BOOKS_NS.
     """
     if not row_ns:
         return None, "no fetch has read rows from below"
     if hits + misses < capacity_slots:
         return None, _too_early(hits + misses, capacity_slots)
     rate = hits / (hits + misses)
-    least = BOOKS_NS / row_ns
+    unit_ns, unit = row_ns * group_rows, "row" if group_rows == 1 else "group"
+    least = BOOKS_NS / unit_ns
     why = (
-        f"a hit saves the {row_ns / 1000:,.3g} us that a row from below takes, and the books cost {BOOKS_NS / 1000:g} us "
-        f"a row: worth it from a hit rate of {least:.1%}, and it is {rate:.1%}"
+        f"a hit saves the {unit_ns / 1000:,.3g} us that a {unit} from below takes, and the books cost {BOOKS_NS / 1000:g} us "
+        f"a {unit}: worth it from a hit rate of {least:.1%}, and it is {rate:.1%}"
     )
     return rate >= least, why
 
@@ -145,7 +151,7 @@ class StoreStats(NamedTuple):
     """A whole store.
 
     fetches  calls of `fetch` and `prefetch`
-    rows     rows asked for in them, duplicates included
+    rows     rows asked for in them, duplicates included; these are always single rows
     row_ns   time that `fetch` has waited for rows from below the tiers, a row, in ns; 0 before it has
     flights  fetches and tickets that have not let go of their rows yet
     host     the tier in host memory

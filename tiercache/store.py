@@ -1,6 +1,7 @@
 """Store: tables of rows, held in tiers, behind `fetch`."""
 
 import errno
+import math
 import os
 import threading
 import time
@@ -19,11 +20,12 @@ import numpy.typing as npt
 import torch
 
 from tiercache import hot, warm
-from tiercache.assemble import beginning_of, level_of, recorded_tables, stats_of
+from tiercache.assemble import beginning_of, level_of, most_rising, recorded_tables, stats_of, stride_of
 from tiercache.config import StoreConfig
 from tiercache.errors import ClosedError, ConfigError, StorageError
 from tiercache.flight import Flight, Ticket
 from tiercache.graph import StaticFetch
+from tiercache.groups import Groups
 from tiercache.level import MAX_PINS, PINNED, PLAN_MISSES, SLOT, pending_of
 from tiercache.recording.blocks import RecordedTable
 from tiercache.recording.recorder import Recorder
@@ -77,21 +79,23 @@ class Store:
         self._read_ns = self._read_rows = 0
         self._flights: set[Flight] = set()
         self._abandoned: deque[Flight] = deque()
-        unit = 8 if config.device is None else 16
-        self._stride = -(-max(table.record.record_bytes for table in tables.values()) // unit) * unit
+        size = config.group_rows
+        self._stride = stride_of((table.record.record_bytes for table in tables.values()), config)
         num_rows = sum(table.num_rows for table in tables.values())
-        self._host = HostTier(level_of("host", config.host, options, self._stride, num_rows), self._stride)
+        levels = {
+            tier: level_of(tier, section, options, self._stride, num_rows, size)
+            for tier, section in (("host", config.host), ("device", config.device))
+            if section is not None
+        }
+        capacities = (level.capacity for level in levels.values())
+        self._groups = Groups(size, num_rows, *capacities) if size > 1 else None
+        self._host = HostTier(levels["host"], self._stride * size, self._groups)
         self._device: DeviceTier | None = None
         if config.device is not None:
-            level = level_of("device", config.device, options, self._stride, num_rows)
-            most = config.device.promotion // self._stride
-            if not most:
-                raise ConfigError(
-                    f"device.promotion = {config.device.promotion}: holds no row of {self._stride} bytes; "
-                    f"allowed are {self._stride} bytes or more"
-                )
-            self._device = open_device_tier(config.device.device, level, self._host, most, device)
+            most = most_rising(config.device, self._stride, size)
+            self._device = open_device_tier(config.device.device, levels["device"], self._host, most, device)
         self._top = self._device or self._host
+        self._num_above = 0 if self._device is None else self._device.level.capacity
         on_disk = [table for table in tables.values() if isinstance(table, FileTable)]
         self._disk = (
             Disk(
@@ -172,7 +176,8 @@ class Store:
             record = table.record
             dtype = _DTYPES.get(self.config.dtype, record.default_dtype)
             verbatim = record.is_verbatim(dtype)
-            opened[name] = Table(name, base, table.num_rows, record, dtype, reader, verbatim)
+            size = self.config.group_rows
+            opened[name] = Table(name, base, table.num_rows, record, dtype, reader, verbatim, size)
             base += table.num_rows
         return opened
 
@@ -212,15 +217,16 @@ class Store:
         one. Returns dtype[*indices.shape, dim], or uint8[*indices.shape, record_bytes] with `raw`; written to `out` where
         that is given. With a device tier the rows are on its device, ready on `stream` (None: the current one) like the
         result of any operator; without streams, it must be None. Indices on the device cost one synchronisation with it.
+        Where `group_rows` is above 1, the indices are groups one behind the other.
 
         Raises IndexError for a row out of range (the first one is named), TypeError and ValueError for indices or an
-        output that do not fit, KeyError for an unknown table; then nothing has changed. StorageError where rows could
-        not be read: none of this call's are kept, and the next fetch works. ClosedError after `close`.
+        output that do not fit (or are not whole groups), KeyError for an unknown table; then nothing has changed. StorageError
+        where rows could not be read: none of this call's are kept, and the next fetch works. ClosedError after `close`.
         """
         wanted = self._table(table)
         rows, shape = rows_of(indices, wanted, self._top.torch_device)
         result, records = self._outputs(wanted, shape, rows.size, stream, out, raw)
-        flight = Flight(wanted, rows, shape, self._top.room(rows.size))
+        flight = Flight(wanted, rows, shape, self._top.room(rows))
         self._require_here()
         try:
             with self._lock:
@@ -251,7 +257,7 @@ class Store:
             raise ValueError(f"deadline = {deadline!r}: allowed are seconds from now, 0 or more")
         rows, shape = rows_of(indices, wanted, self._top.torch_device)
         due = time.monotonic_ns() + (_PATIENCE_NS if deadline is None else int(min(deadline, 1e9) * 1e9))
-        flight = Flight(wanted, rows, shape, self._top.room(rows.size))
+        flight = Flight(wanted, rows, shape, self._top.room(rows))
         try:
             self._plan(flight, rows)
             self._read(flight, due)
@@ -276,6 +282,8 @@ class Store:
         shape = shape_of(shape)
         if not isinstance(self._device, StreamTier):
             raise ValueError("static_fetch: needs a device tier with streams; a store on the CPU has none")
+        if math.prod(shape) % wanted.group_rows:
+            raise ValueError(f"shape = {shape}: this store serves groups of {wanted.group_rows} rows; allowed are whole groups")
         result, _ = self._outputs(wanted, shape, 0, None, out, raw)
         return StaticFetch(self, self._device, wanted, shape, result)
 
@@ -292,7 +300,7 @@ class Store:
         about = self._about("save")
         with self._lock:
             self._reap(len(self._abandoned))  # what has risen is then known to be there
-        return warm.save(Path(path), self._tiers, about, self._stride, self._lock, self._require_open)
+        return warm.save(Path(path), self._tiers, about, self._host.stride, self._lock, self._require_open)
 
     def save_hot_set(self, path: str | os.PathLike[str]) -> int:
         """Save which rows the tiers hold, for the setting `hot_set` of a tier of the next store; how many they are.
@@ -300,10 +308,11 @@ class Store:
         int64 row numbers of the store in a .npy file: those of the device tier, then the others of the host tier, and in each
         of them those first that were used last. Other threads may fetch meanwhile. A hot set that is there is replaced once
         the new one is whole and on the disk. StorageError where it cannot be written, where something else is in its place, or
-        where somebody else is just writing it. A relative path begins at the current directory.
+        where somebody else is just writing it; ConfigError with `group_rows`. A relative path begins at the current directory.
         """
         self._require_here()
         self._require_open()
+        self._require_rows("save_hot_set")
         return hot.save(Path(path), [tier.level for tier in self._tiers.values()])
 
     def record(self, path: str | os.PathLike[str]) -> Recorder:
@@ -317,6 +326,8 @@ class Store:
         with self._lock:
             self._require_open()
             counters = self._top.level.counters
+            if self._groups is not None:
+                counters = np.zeros_like(counters)  # what a level of groups is asked for are keys, not rows: see `_begin`
             return Recorder(Path(path), self.recorded_tables(), self._lock, self._recorders, counters)
 
     def recorded_tables(self) -> list[RecordedTable]:
@@ -350,6 +361,9 @@ class Store:
             self._reap(len(self._abandoned))
             for tier in {self._host, self._top}:
                 tier.level.check()
+                if self._groups is not None:
+                    assert tier.members is not None
+                    self._groups.check(tier.level, tier.members)
                 if not self._flights:
                     assert tier.level.counters[PINNED] == 0, "slots are pinned and nothing is in flight"
                     assert not tier.level.slots["pending"].any(), "slots are pending and nothing is in flight"
@@ -381,10 +395,15 @@ class Store:
         return ({} if self._device is None else {"device": self._device}) | {"host": self._host}
 
     def _about(self, what: str) -> list[AboutTable]:
-        """What an image says of the tables. ConfigError where one is a source."""
+        """What an image says of the tables. ConfigError where one is a source, and for tiers of groups."""
+        self._require_rows(what)
         if sources := [name for name in self._tables if name not in self._files]:
             raise ConfigError(f"{what}: table {sources[0]!r} is a source, not a file; allowed are tables on disk")
         return about_tables(self._files)
+
+    def _require_rows(self, what: str) -> None:
+        if self._groups is not None:
+            raise ConfigError(f"{what}: the tiers hold groups of {self._groups.size} rows; allowed is group_rows = 1")
 
     def _restore(self, path: Path, num_rows: int) -> tuple[str, ...]:
         """Fill the tiers from an image; notes on it."""
@@ -453,11 +472,11 @@ class Store:
 
     def _begin(self, flight: Flight, rows: npt.NDArray[np.int64], *, served: bool = False) -> None:
         """A flight was planned: count it, and see which slots it waits for that other flights' reads fill. Under the lock."""
-        if not rows.size:
+        if not rows.size or self._groups is not None:
             for recorder in self._recorders:
                 recorder.add(flight.table.base, rows)
         self._fetches += 1
-        self._rows += flight.plan.where.size
+        self._rows += rows.size
         if served:
             self._flights.discard(flight)
             return
@@ -476,7 +495,11 @@ class Store:
         if plan.staged > len(flight.staging):
             flight.staging = self._top.staging(plan.staged)
         flight.staged = plan.staged
-        flight.job = self._submit(flight, plan.misses, plan.fill, flight.borrowed_rows, due_ns)
+        if self._groups is None:
+            flight.job = self._submit(flight, plan.misses, plan.fill, flight.borrowed_rows, due_ns)
+        else:
+            wanted = self._groups.rows_in(flight.borrowed)
+            flight.job = self._submit(flight, self._groups.missing(flight.plan), plan.fill, wanted, due_ns)
 
     def _submit(
         self,
@@ -486,6 +509,7 @@ class Store:
         wanted: npt.NDArray[np.int64],
         due_ns: int,
     ) -> Any:
+        """Begin to read rows to places, which are of groups where the tiers keep such."""
         slots, entries = self._host.buffer.slots, self._host.level.slots
         targets = Targets(
             slots.ctypes.data,
@@ -494,7 +518,9 @@ class Store:
             self._stride,
             entries.ctypes.data + _PENDING,
             SLOT.itemsize,
+            flight.table.group_rows,
         )
+        places = places if self._groups is None else self._groups.places(places)
         base = flight.table.base
         alive = slots, entries, flight.staging
         try:
@@ -534,7 +560,7 @@ class Store:
         with self._lock:
             if waited_ns:
                 self._read_ns += waited_ns
-                self._read_rows += int(flight.plan.below.counts[PLAN_MISSES])
+                self._read_rows += int(flight.plan.below.counts[PLAN_MISSES]) * flight.table.group_rows
             self._end(flight)
 
     def _await(self, flight: Flight) -> None:
@@ -551,13 +577,17 @@ class Store:
         self._raise_error(flight, job)
         entries = self._host.level.slots[flight.borrowed]
         lost = (entries["pending"] != 0) | (entries["key"] != flight.borrowed_rows)
+        if self._groups is not None:  # a stray waited for the slot of another group
+            lost &= np.isin(flight.borrowed + self._num_above, flight.plan.where)
         if lost.any():
-            self._read_again(flight, flight.borrowed[lost], flight.borrowed_rows[lost])
+            slots = flight.borrowed[lost]
+            rows = flight.borrowed_rows[lost] if self._groups is None else self._groups.rows_in(slots)
+            self._read_again(flight, slots, rows)
 
     def _read_again(self, flight: Flight, slots: npt.NDArray[np.int32], rows: npt.NDArray[np.int64]) -> None:
         """Read rows that were to come into these slots to the staging area instead."""
         where, old, begin = flight.plan.where, flight.staging, flight.staged
-        flight.staged += rows.size
+        flight.staged += slots.size
         if flight.staged > len(old):
             flight.staging = self._top.staging(flight.staged)
             flight.staging[:begin] = old[:begin] if begin else 0
@@ -565,9 +595,8 @@ class Store:
         flight.job = self._submit(flight, rows, places, _NO_ROWS, 0)
         flight.job.wait()
         self._raise_error(flight, flight.job)
-        above = 0 if self._device is None else self._device.level.capacity
         for slot, place in zip(slots.tolist(), places.tolist(), strict=True):
-            where[where == above + slot] = place
+            where[where == self._num_above + slot] = place
 
     def _load(self, flight: Flight, rows: npt.NDArray[np.int64]) -> None:
         """For a StaticFetch, which gives the flight up where this raises: bring its rows to its places, and hold them."""

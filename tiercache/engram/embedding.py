@@ -26,13 +26,14 @@ _PENDING = 8
 """Prefetches that wait for their forward at most; the oldest is let go of when another one comes."""
 
 _SAMPLE = 16
-"""Rows of a checkpoint's table that are compared with the store's."""
+"""Rows of a checkpoint's table that are compared with the store's: whole groups of any size."""
 
 
 class TieredEmbedding(nn.Module):
     """Rows of one table of a store, by number: integers of any shape to dtype[*indices.shape, embedding_dim].
 
-    Errors of `forward` and `prefetch` are those of `Store.fetch` and `Store.prefetch`. Not safe from several threads.
+    Errors of `forward` and `prefetch` are those of `Store.fetch` and `Store.prefetch`. Over a store with `group_rows` the last
+    dimension of indices is a multiple of that, as a hasher's rows have it. Not safe from several threads.
     """
 
     num_embeddings: int
@@ -146,7 +147,7 @@ class TieredEmbedding(nn.Module):
         rows have to be the store's, decoded, after a cast to either one's dtype.
         """
         record = self.store._table(self.table).record
-        rows = torch.linspace(0, self.num_embeddings - 1, min(_SAMPLE, self.num_embeddings), dtype=torch.float64).long()
+        rows = torch.linspace(0, self.num_embeddings - 1, _SAMPLE, dtype=torch.float64).long()
         theirs = tensor[rows.to(tensor.device)].cpu().contiguous()
         raw = self.store.fetch(rows, table=self.table, raw=True).cpu()
         own = record.part(raw, place)

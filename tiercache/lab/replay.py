@@ -29,7 +29,7 @@ class Replay(NamedTuple):
 
     tier        the host tier's name, which is its policy's
     capacity    its slots
-    counts      of the host tier
+    counts      of the host tier, in groups where the tiers keep such
     bytes_read  from below it: what a live store read from the disk, and in a simulation the records missed
     bounds      at this capacity; of two tiers, at that of both
     latency_ns  int64[b], time of each batch's fetch; empty in a simulation
@@ -87,10 +87,14 @@ def replay_tiers(
     *,
     on_batch: Callable[[], object] | None = None,
 ) -> Replay:
-    """Replay through the tiers of a config, without bytes. Rows are rows of a store of these tables; see `simulate_tiers`."""
+    """Replay through the tiers of a config, without bytes. Rows are rows of a store of these tables; see `simulate_tiers`.
+
+    uses: `uses_of(in_groups(trace, config.group_rows))`.
+    """
     *above, host = simulate_tiers(config, tables, trace, on_batch=on_batch)
     device = above[0] if above else None
-    missed = _missed(host.counts, [table.record_bytes for table in tables], [table.num_rows for table in tables], trace)
+    num_missed = host.counts.misses * config.group_rows
+    missed = _missed(num_missed, [table.record_bytes for table in tables], [table.num_rows for table in tables], trace)
     return Replay(
         tier=host.policy,
         capacity=host.capacity,
@@ -98,18 +102,18 @@ def replay_tiers(
         bytes_read=missed,
         bounds=bounds(host.capacity + (0 if device is None else device.capacity), uses),
         latency_ns=np.empty(0, np.int64),
-        reads=host.counts.misses,
+        reads=num_missed,
         device=device,
         slot_bytes=host.slot_bytes,
         bytes_missed=missed,
     )
 
 
-def _missed(counts: Counts, widths: Sequence[int], num_rows: Sequence[int], trace: Trace) -> int:
-    """Bytes of the records missed. Misses are not told apart by table: a record counts as wide as the average one asked for."""
+def _missed(num_missed: int, widths: Sequence[int], num_rows: Sequence[int], trace: Trace) -> int:
+    """Bytes of the records missed. They are not told apart by table: each counts as wide as the average one asked for."""
     which = np.searchsorted(np.cumsum(num_rows), trace.rows, side="right")
     asked = np.bincount(which, minlength=len(widths))[: len(widths)]
-    return round(counts.misses * float((asked * np.array(widths)).sum()) / max(int(asked.sum()), 1))
+    return round(num_missed * float((asked * np.array(widths)).sum()) / max(int(asked.sum()), 1))
 
 
 def replay_live(
@@ -117,7 +121,7 @@ def replay_live(
 ) -> Replay:
     """Fetch batch after batch of a trace as raw records. Raises as `Store.fetch`.
 
-    Rows are of `table`; without one they are rows of the store, each batch of one of its tables.
+    Rows are of `table`; without one they are rows of the store, each batch of one of its tables. uses: as for `replay_tiers`.
     """
     before = store.stats()
     latency_ns = np.empty(trace.num_batches, np.int64)
@@ -139,6 +143,7 @@ def replay_live(
     storage = [(s.storage.bytes_read, s.storage.reads) if s.storage else (0, 0) for s in (before, after)]
     device = None if after.device is None or before.device is None else _since("device", after.device, before.device)
     host = _since("host", after.host, before.host)
+    num_missed = host.counts.misses * store.config.group_rows
     return Replay(
         tier=host.policy,
         capacity=host.capacity,
@@ -149,7 +154,7 @@ def replay_live(
         reads=storage[1][1] - storage[0][1],
         device=device,
         slot_bytes=host.slot_bytes,
-        bytes_missed=_missed(host.counts, widths, [store.num_rows(name) for name in names], trace),
+        bytes_missed=_missed(num_missed, widths, [store.num_rows(name) for name in names], trace),
     )
 
 

@@ -11,13 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache import hot
-from tiercache.assemble import Beginning, beginning_of, level_of
+from tiercache.assemble import Beginning, beginning_of, level_of, most_rising, stride_of
 from tiercache.config import StoreConfig
-from tiercache.errors import ConfigError
 from tiercache.lab.groups import Groups, everything, replay_groups
 from tiercache.lab.sampling import choose
 from tiercache.lab.simulator import Counts
-from tiercache.lab.trace import Trace
+from tiercache.lab.trace import Trace, in_groups
 from tiercache.level import BYPASSES, HITS, MISSES, Level
 from tiercache.recording.blocks import RecordedTable
 from tiercache.stack import StackPlan, plan_stack
@@ -40,12 +39,6 @@ class ByGroup(NamedTuple):
     missed_above: npt.NDArray[np.int64]
 
 
-def stride_of(config: StoreConfig, tables: Sequence[RecordedTable]) -> int:
-    """Bytes of a slot of a store of these tables."""
-    unit = 8 if config.device is None else 16
-    return -(-max(table.record_bytes for table in tables) // unit) * unit
-
-
 def simulate_tiers(
     config: StoreConfig, tables: Sequence[RecordedTable], trace: Trace, *, on_batch: Callable[[], object] | None = None
 ) -> list[TierCounts]:
@@ -53,7 +46,8 @@ def simulate_tiers(
 
     They begin with the config's hot sets, or empty: what an image would bring is not looked at.
 
-    on_batch: called after each batch of a stack of two. ConfigError as from `Store.open`.
+    With `group_rows` what is counted are groups. on_batch: called after each batch of a stack of two. ConfigError as from
+    `Store.open`, and where a batch is not whole groups.
     """
     return simulate_groups(config, tables, trace, everything("all"), on_batch=on_batch)[0]
 
@@ -68,19 +62,18 @@ def simulate_groups(
     on_batch: Callable[[], object] | None = None,
 ) -> tuple[list[TierCounts], ByGroup]:
     """`simulate_tiers`, and misses by group. rate: of the sample that the trace is; hot sets are sampled likewise."""
-    num_rows = sum(table.num_rows for table in tables)
-    stride = stride_of(config, tables)
+    num_rows, size = sum(table.num_rows for table in tables), config.group_rows
+    stride = stride_of((table.record_bytes for table in tables), config)
+    trace = in_groups(trace, size)
     begin = _sampled(beginning_of(config, num_rows), rate)
-    host = level_of("host", config.host, begin.options, stride, num_rows)
+    host = level_of("host", config.host, begin.options, stride, num_rows, size)
     if config.device is None:
         _begin({"host": host}, begin)
         missed = replay_groups(host, trace.rows, trace.offsets, groups)
-        return [_counts("host", host, stride)], ByGroup(missed, missed)
-    device = level_of("device", config.device, begin.options, stride, num_rows)
+        return [_counts("host", host, stride * size)], ByGroup(missed, missed)
+    device = level_of("device", config.device, begin.options, stride, num_rows, size)
     _begin({"device": device, "host": host}, begin)
-    most = config.device.promotion // stride
-    if not most:
-        raise ConfigError(f"device.promotion = {config.device.promotion}: holds no row of {stride} bytes")
+    most = most_rising(config.device, stride, size)
     missed, found = np.zeros((2, len(groups.names)), np.int64)
     for rows in trace.batches():
         plan = StackPlan(rows.size, above=True)
@@ -92,7 +85,7 @@ def simulate_groups(
             host.release(plan.below)
         if on_batch is not None:
             on_batch()
-    return [_counts("device", device, stride), _counts("host", host, stride)], ByGroup(missed, missed + found)
+    return [_counts("device", device, stride * size), _counts("host", host, stride * size)], ByGroup(missed, missed + found)
 
 
 def _sampled(begin: Beginning, rate: float) -> Beginning:

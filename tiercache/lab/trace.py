@@ -10,6 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tiercache.errors import ConfigError
+from tiercache.groups import keys_of
+
 
 class Trace(NamedTuple):
     """Batch i is rows[offsets[i] : offsets[i + 1]]; rows int64[n], offsets int64[b + 1]."""
@@ -37,6 +40,18 @@ def chunks(rows: npt.NDArray[np.int64], tokens: int) -> Trace:
     num_tokens, heads = rows.shape
     starts = np.arange(0, num_tokens, tokens, dtype=np.int64)
     return Trace(rows.reshape(-1), np.append(starts, num_tokens) * heads)
+
+
+def in_groups(trace: Trace, group_rows: int) -> Trace:
+    """The trace as tiers with this `group_rows` see it: a key for each group. ConfigError where a batch is not whole groups."""
+    if group_rows == 1:
+        return trace
+    sizes = np.diff(trace.offsets)
+    broken = np.flatnonzero(sizes % group_rows)
+    if broken.size:
+        number = int(broken[0])
+        raise ConfigError(f"group_rows = {group_rows}: batch {number} of the trace has {sizes[number]} rows, not whole groups")
+    return Trace(keys_of(trace.rows, group_rows), trace.offsets // group_rows)
 
 
 def serving(

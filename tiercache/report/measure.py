@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tiercache.assemble import stride_of
 from tiercache.config import StoreConfig
 from tiercache.lab.bounds import Bounds, Uses, bounds, uses_of
 from tiercache.lab.groups import Groups, everything, replay_groups
 from tiercache.lab.replay import Replay
 from tiercache.lab.sampling import Sample, sample
 from tiercache.lab.simulator import Counts, simulate
-from tiercache.lab.tiers import ByGroup, TierCounts, simulate_groups, stride_of
+from tiercache.lab.tiers import ByGroup, TierCounts, simulate_groups
 from tiercache.lab.trace import Trace
 from tiercache.lab.windows import windows
 from tiercache.level import Level
@@ -171,7 +172,7 @@ def _tier_curve(
     done: Callable[[], Any],
 ) -> SizeCurve:
     """The curve of one tier of a config; the other one stays as it is."""
-    stride = stride_of(config, tables)
+    stride = stride_of((table.record_bytes for table in tables), config)
     shared = len(tiers) > 1 and tier == "host"
     rates = []
     for slots in sizes:

@@ -8,9 +8,10 @@ COLUMNS = ("MiB", "hits", "static", "Belady", "unbounded", "misses", "reads", "M
 """Behind the name of the policy or the tier."""
 
 
-def title(accesses: int) -> str:
+def title(accesses: int, group_rows: int = 1) -> str:
     """What the shares are of."""
-    return f"Share of {accesses:,} accesses, each a distinct row of a batch"
+    unit = "row" if group_rows == 1 else f"group of {group_rows} rows"
+    return f"Share of {accesses:,} accesses, each a distinct {unit} of a batch"
 
 
 def result_rows(results: Sequence[Replay]) -> tuple[str, list[tuple[str, ...]]]:

@@ -87,7 +87,7 @@ class Reader(Protocol):
         deadline_ns: int,
         alive: tuple[Any, ...] = (),
     ) -> Job:
-        """Begin to read distinct rows of the table to their places; `wanted` rows are being read for another job already.
+        """Begin to read rows of the table to distinct places; `wanted` rows are being read for another job already.
 
         `alive` is what owns the memory of the targets: it is held until the job is done. OSError or ClosedError where
         nothing can be begun. Whatever this raises, a signal's exception too, nothing of the job goes on afterwards.
@@ -308,14 +308,20 @@ class SourceReader:
         records, number = _NO_RECORDS, errno.EIO
         try:
             if task.rows.size:
-                records = np.empty((task.rows.size, self._source.record.record_bytes), np.uint8)
-                self._source.read(task.rows, records)
+                records = self._records(task.rows, distinct=task.targets.group == 1)
             number = 0
         except BaseException as error:
             task.error = error
         finally:
             _land(self._queue, records, task.places, task.targets, task.result, number)
         return True
+
+    def _records(self, rows: npt.NDArray[np.int64], *, distinct: bool) -> npt.NDArray[np.uint8]:
+        """The source's records of these rows, each of which it is asked for once."""
+        wanted, places = (rows, None) if distinct else np.unique(rows, return_inverse=True)
+        records = np.empty((wanted.size, self._source.record.record_bytes), np.uint8)
+        self._source.read(wanted, records)
+        return records if places is None else records[places]
 
     def _next(self) -> _Task | None:
         with self._changed:
@@ -387,8 +393,9 @@ def _land(queue: Any, records: Any, places: Any, targets: Any, result: Any, errn
     for i in range(places.size):
         place = np.int64(places[i])
         if place >= 0:
-            flag = targets.flags + place * targets.flag_stride
-            store8(flag, load8(flag) - 1 + (q.FAILED if errno != 0 else 0))
+            flag = targets.flags + place // targets.group * targets.flag_stride
+            left = load8(flag) - 1
+            store8(flag, left + (q.FAILED if errno != 0 and left >= 0 else 0))
     result[q.ERRNO] = errno
     store64(result.ctypes.data, 1)
     broadcast(mutex + 128)

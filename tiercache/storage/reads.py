@@ -71,7 +71,10 @@ class Files(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """Where records go: a place >= 0 is a slot, ~i is staging row i. Addresses and strides in bytes."""
+    """Where records go: a place >= 0 is a slot, ~i is staging row i. Addresses and strides in bytes.
+
+    `group` slots that follow one another share a flag.
+    """
 
     slots: int
     slot_stride: int
@@ -79,6 +82,7 @@ class Targets(NamedTuple):
     staging_stride: int
     flags: int
     flag_stride: int
+    group: int = 1
 
 
 def new_layout(table: FileTable, first_file: int) -> Layout:
@@ -115,9 +119,9 @@ def plan_reads(
     layout: Layout, files: Files, rows: npt.NDArray[np.int64], places: npt.NDArray[np.int32], targets: Targets,
     alignment: int, slot_bytes: int,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Requests for distinct rows (int64[n], of the table) to their places (int32[n]): the reads and pieces of a job.
+    """Requests for rows (int64[n], of the table) to their distinct places (int32[n]): the reads and pieces of a job.
 
-    Copies the fields held in RAM. A slot's flag must count `layout.fields.size - 1` pieces already.
+    Copies the fields held in RAM. A flag must count `layout.fields.size - 1` pieces of each of its slots already.
     """
     num_fields = len(layout.fields) - 1
     located = np.empty((rows.size * num_fields, PIECE_COLUMNS), np.int64)
@@ -157,7 +161,7 @@ def _locate(layout: Any, rows: Any, places: Any, targets: Any, located: Any, at:
         row, place = rows[i], np.int64(places[i])
         if place >= 0:
             target = targets.slots + place * targets.slot_stride
-            flag = targets.flags + place * targets.flag_stride
+            flag = targets.flags + place // targets.group * targets.flag_stride
         else:
             target, flag = targets.staging + ~place * targets.staging_stride, np.int64(0)
         for r in range(layout.resident.shape[0]):

@@ -9,7 +9,7 @@ import torch
 
 from tiercache.level import Level
 from tiercache.stack import StackPlan, plan_stack
-from tiercache.tiers.host import CpuMemory, HostBuffer, HostTier, Memories, copy_slots, gather_to
+from tiercache.tiers.host import CpuMemory, HostBuffer, HostTier, Memories, copy_slots
 
 
 class CpuTier(CpuMemory):
@@ -17,16 +17,16 @@ class CpuTier(CpuMemory):
 
     def __init__(self, level: Level, host: HostTier, most: int) -> None:
         self.level = level
+        self.members = None if host.groups is None else host.groups.upper
         self.capacity_bytes = level.capacity * host.stride
         self._host, self._most = host, most
         buffer = HostBuffer(level.capacity, host.stride)
-        super().__init__(
-            buffer, Memories(buffer.slots.ctypes.data, level.capacity, host.at.address, 0, host.stride)
-        )
+        resident = Memories(buffer.slots.ctypes.data, level.capacity, host.at.address, 0, host.stride)
+        super().__init__(buffer, resident, host.groups)
 
-    def room(self, size: int) -> StackPlan:
+    def room(self, rows: npt.NDArray[np.int64]) -> StackPlan:
         """Room for the plan of a batch."""
-        return StackPlan(size, above=True)
+        return StackPlan(rows.size, above=True) if self.groups is None else self.groups.room(rows, above=True)
 
     def plan(self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int) -> None:
         """Plan a batch over both tiers, into new room, and copy up what rises."""
@@ -38,14 +38,18 @@ class CpuTier(CpuMemory):
         """Plan a batch; True if this tier had every row: then its records, of `num_bytes` bytes, are in `records`."""
         served = self._plan(plan, rows, num_reads, idly=True)
         if served:
-            gather_to(plan.where, self._resident, records.data_ptr(), num_bytes)
+            self._gather(plan.where, self._resident, records.data_ptr(), num_bytes)
         return served
 
     def _plan(self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int, *, idly: bool) -> bool:
         """What rises is copied before anybody else may look; if that is interrupted, it has not risen."""
+        groups = self.groups
+        keys, pieces = (rows, num_reads) if groups is None else (plan.keys, num_reads * groups.size)
         try:
-            served = plan_stack(self.level, self._host.level, plan, rows, num_reads, self._most, idly=idly)
+            served = plan_stack(self.level, self._host.level, plan, keys, pieces, self._most, idly=idly)
             self._fill(plan)
+            if groups is not None:
+                served = groups.settle(plan, self.level, served=served)
         except BaseException:
             assert plan.above is not None
             self.level.forget(plan.above)

@@ -170,26 +170,35 @@ class StreamTier:
         self.device = device
         self.torch_device = device.torch_device
         self.capacity_bytes = level.capacity * host.stride
+        self.groups = host.groups
+        self.members = None if host.groups is None else host.groups.upper
         self._host, self._most = host, most
         self.stride = host.stride
         self._slots = device.slots(level.capacity, host.stride)
         device.register(host.buffer.slots)
         self._lower = device.view(host.buffer.slots)
         self._no_rows = device.view(host.buffer.slots[:0])
+        record_stride = host.stride if host.groups is None else host.stride // host.groups.size
+        self._records = self._slots.view(-1, record_stride), self._lower.view(-1, record_stride)
+        """Both buffers as records, which a gather reads."""
         self._parcels = Parcels(device)
         self._last: Event | None = None
         """Behind every copy so far."""
 
-    def room(self, size: int) -> StackPlan:
+    def room(self, rows: npt.NDArray[np.int64]) -> StackPlan:
         """Room for the plan of a batch."""
-        return StackPlan(size, above=True)
+        return StackPlan(rows.size, above=True) if self.groups is None else self.groups.room(rows, above=True)
 
     def plan(self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int) -> None:
         """Plan a batch over both tiers, into new room, and queue the copies of what rises."""
         above = plan.above
         assert above is not None
+        groups = self.groups
+        keys, pieces = (rows, num_reads) if groups is None else (plan.keys, num_reads * groups.size)
         try:
-            plan_stack(self.level, self._host.level, plan, rows, num_reads, self._most, num_copies=1)
+            plan_stack(self.level, self._host.level, plan, keys, pieces, self._most, num_copies=1)
+            if groups is not None:
+                groups.settle(plan, self.level, served=False)
             if above.fill.size:
                 self._raise(above.fill, above.held[above.hits :])
         except BaseException:
@@ -245,33 +254,41 @@ class StreamTier:
         stream = self.device.current() if stream is None else stream
         if plan.after is not None:
             self.device.wait(stream, plan.after)
-        parcel = self._parcels.send(plan.where, stream)
+        where = self._places(plan)
+        parcel = self._parcels.send(where, stream)
         view = self.device.view(staging) if len(staging) else self._no_rows
-        self.launch(parcel.target[: plan.where.size], view, records, record, stream)
+        self.launch(parcel.target[: where.size], view, records, record, stream)
         event = self.device.record(stream)
         self._parcels.give_back(parcel, event)
         return event
 
+    def _places(self, plan: StackPlan) -> npt.NDArray[np.int32]:
+        """Where each row of a plan is."""
+        return plan.where if self.groups is None else self.groups.places(plan.where)
+
     def send(self, plan: StackPlan, target: torch.Tensor, stream: Any) -> None:
-        """Queue the way of a plan's places into a tensor of the device's, behind what they wait for."""
+        """Queue the way of the places of a plan's rows into a tensor of the device's, behind what they wait for."""
         if plan.after is not None:
             self.device.wait(stream, plan.after)
-        parcel = self._parcels.send(plan.where, stream, target)
+        parcel = self._parcels.send(self._places(plan), stream, target)
         self._parcels.give_back(parcel, self.device.record(stream))
 
     def launch(
         self, where: torch.Tensor, staging: torch.Tensor, out: torch.Tensor, record: Record, stream: Any
     ) -> None:
-        """Queue a gather, and nothing else. where: int32[n] of the device; staging as the device sees it."""
+        """Queue a gather of rows, and nothing else. where: int32[n] of the device; staging as the device sees it."""
         stream = self.device.current() if stream is None else stream
-        self.device.gather(where, self._slots, self._lower, staging, out, record, stream)
+        upper, lower = self._records
+        staged = staging if self.groups is None else staging.view(-1, upper.shape[1])
+        self.device.gather(where, upper, lower, staged, out, record, stream)
 
     def read_slots(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
         """A copy of slots on the host, uint8[n, stride]. They are pinned, and their bytes are there. Waits for the device."""
         side, stride = self.device.side, self._host.stride
         parcel = self._parcels.send(slots, side)
         records = self.device.empty((slots.size, stride), torch.uint8, side)
-        self.launch(parcel.target[: slots.size], self._no_rows, records, plain("U8", stride), side)
+        whole = plain("U8", stride)
+        self.device.gather(parcel.target[: slots.size], self._slots, self._lower, self._no_rows, records, whole, side)
         event = self.device.record(side)
         self._parcels.give_back(parcel, event)
         event.wait()
@@ -304,10 +321,10 @@ class StreamTier:
         """An output, of the stream that will write it."""
         return self.device.empty(shape, dtype, stream)
 
-    def staging(self, num_rows: int) -> npt.NDArray[np.uint8]:
-        """A staging area in pinned memory, uint8[num_rows, stride]."""
+    def staging(self, num_slots: int) -> npt.NDArray[np.uint8]:
+        """A staging area in pinned memory, uint8[num_slots, stride]."""
         stride = self._host.stride
-        return self.device.pinned(num_rows * stride).reshape(num_rows, stride)
+        return self.device.pinned(num_slots * stride).reshape(num_slots, stride)
 
     def close(self) -> None:
         """Wait until the device has done all that was queued."""

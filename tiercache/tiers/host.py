@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tiercache.groups import Groups
 from tiercache.level import Level
 from tiercache.native import PREFETCH_BYTES, copy, fence, int64, lean, prefetch, stream
 from tiercache.records import Record
 from tiercache.stack import StackPlan
 from tiercache.storage.image import Part
 
-_AHEAD, _NEAR = 48, 16
+_AHEAD, _NEAR, _WIDE_AHEAD = 48, 16, 4
 _STREAM_BYTES = 2048
 _LARGE_BYTES = 4 << 20
 """Outputs from this size on are written past the caches, whose second level they exceed."""
@@ -76,6 +77,33 @@ def gather_streaming(where: Any, memories: Memories, out: int, num_bytes: int, b
 
 
 @lean
+def gather_wide(where: Any, memories: Memories, out: int, num_bytes: int) -> None:
+    """`gather` for records of many lines: with each line that is copied, one of a record ahead is asked for."""
+    whole = num_bytes & ~63
+    for i in range(where.size):
+        source = _source(memories, int64(where[i]))
+        ahead = _source(memories, int64(where[min(i + _WIDE_AHEAD, where.size - 1)]))
+        for at in range(0, whole, 64):
+            prefetch(ahead + at)
+            copy(out + at, source + at, 64)
+        copy(out + whole, source + whole, num_bytes - whole)
+        out += num_bytes
+
+
+@lean
+def gather_wide_streaming(where: Any, memories: Memories, out: int, num_bytes: int) -> None:
+    """`gather_wide` for an output that no cache holds; `out` and `num_bytes` are multiples of 64."""
+    for i in range(where.size):
+        source = _source(memories, int64(where[i]))
+        ahead = _source(memories, int64(where[min(i + _WIDE_AHEAD, where.size - 1)]))
+        for at in range(0, num_bytes, 64):
+            prefetch(ahead + at)
+            stream(out + at, source + at, 64)
+        out += num_bytes
+    fence()
+
+
+@lean
 def _source(memories: Memories, place: int) -> int:
     """Address of the record at a place."""
     if place >= memories.num_upper:
@@ -116,11 +144,27 @@ def copy_slots(sources: Any, lower: Slots, slots: Any, upper: Slots) -> None:
 
 def gather_to(where: npt.NDArray[np.int32], memories: Memories, out: int, num_bytes: int) -> None:
     """`gather`, past the caches where the output is large."""
-    if where.size * num_bytes < _LARGE_BYTES or num_bytes > _STREAM_BYTES or out % 64:
+    is_large = where.size * num_bytes >= _LARGE_BYTES and not out % 64
+    if num_bytes > _STREAM_BYTES:
+        wide = gather_wide_streaming if is_large and not num_bytes % 64 else gather_wide
+        wide(where, memories, out, num_bytes)
+    elif not is_large:
         gather(where, memories, out, num_bytes)
     else:
         buffer = np.empty(2 * _STREAM_BYTES, np.uint8)
         gather_streaming(where, memories, out, num_bytes, buffer.ctypes.data)
+
+
+def gather_groups(
+    where: npt.NDArray[np.int32], memories: Memories, out: int, num_bytes: int, groups: Groups
+) -> None:
+    """Copy the records of groups, each of `num_bytes` bytes, from their places. A slot's records lie at even distances."""
+    stride = memories.stride // groups.size
+    if num_bytes == stride:
+        gather_to(where, memories, out, memories.stride)
+    else:
+        apart = memories._replace(num_upper=memories.num_upper * groups.size, stride=stride)
+        gather_to(groups.places(where), apart, out, num_bytes)
 
 
 class CpuMemory:
@@ -130,8 +174,9 @@ class CpuMemory:
     decodes = False
     """Whether `gather` writes decoded rows; else it writes records."""
 
-    def __init__(self, buffer: HostBuffer, resident: Memories) -> None:
+    def __init__(self, buffer: HostBuffer, resident: Memories, groups: Groups | None) -> None:
         self.buffer = buffer
+        self.groups = groups
         self.stride = resident.stride
         self.at = Slots(buffer.slots.ctypes.data, self.stride)
         self._resident = resident
@@ -168,15 +213,21 @@ class CpuMemory:
     ) -> None:
         """Copy the records of a plan's places to `records`. staging: uint8[s, stride]."""
         memories = self._resident._replace(staging=staging.ctypes.data)
-        gather_to(plan.where, memories, records.data_ptr(), record.record_bytes)
+        self._gather(plan.where, memories, records.data_ptr(), record.record_bytes)
+
+    def _gather(self, where: npt.NDArray[np.int32], memories: Memories, out: int, num_bytes: int) -> None:
+        if self.groups is None:
+            gather_to(where, memories, out, num_bytes)
+        else:
+            gather_groups(where, memories, out, num_bytes, self.groups)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, stream: None) -> torch.Tensor:
         """An output."""
         return torch.empty(shape, dtype=dtype, device="cpu")
 
-    def staging(self, num_rows: int) -> npt.NDArray[np.uint8]:
-        """A staging area, uint8[num_rows, stride]."""
-        return np.empty((num_rows, self.stride), np.uint8)
+    def staging(self, num_slots: int) -> npt.NDArray[np.uint8]:
+        """A staging area, uint8[num_slots, stride]."""
+        return np.empty((num_slots, self.stride), np.uint8)
 
     def close(self) -> None:
         """Nothing is on its way."""
@@ -185,28 +236,37 @@ class CpuMemory:
 class HostTier(CpuMemory):
     """A level and its buffer. Not safe from several threads: the store locks."""
 
-    def __init__(self, level: Level, stride: int) -> None:
+    def __init__(self, level: Level, stride: int, groups: Groups | None = None) -> None:
+        """stride: bytes of a slot. groups: what the slots hold, where that is not one row each."""
         self.level = level
+        self.members = None if groups is None else groups.lower
         buffer = HostBuffer(level.capacity, stride)
         self.capacity_bytes: int = buffer.slots.nbytes
-        super().__init__(buffer, Memories(0, 0, buffer.slots.ctypes.data, 0, stride))
+        super().__init__(buffer, Memories(0, 0, buffer.slots.ctypes.data, 0, stride), groups)
 
-    def room(self, size: int) -> StackPlan:
+    def room(self, rows: npt.NDArray[np.int64]) -> StackPlan:
         """Room for the plan of a batch."""
-        return StackPlan(size, above=False)
+        return StackPlan(rows.size, above=False) if self.groups is None else self.groups.room(rows, above=False)
 
     def plan(self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int) -> None:
-        """Plan a batch, into new room."""
-        self.level.plan_into(plan.below, rows, num_reads)
+        """Plan a batch, into new room. num_reads: reads that bring a record."""
+        self._plan(plan, rows, num_reads, idly=False)
 
     def serve(
         self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int, records: torch.Tensor, num_bytes: int
     ) -> bool:
         """Plan a batch; True if every row was resident: then its records, of `num_bytes` bytes, are in `records`."""
-        served = self.level.plan_into(plan.below, rows, num_reads, idly=True)
+        served = self._plan(plan, rows, num_reads, idly=True)
         if served:
-            gather_to(plan.where, self._resident, records.data_ptr(), num_bytes)
+            self._gather(plan.where, self._resident, records.data_ptr(), num_bytes)
         return served
+
+    def _plan(self, plan: StackPlan, rows: npt.NDArray[np.int64], num_reads: int, *, idly: bool) -> bool:
+        groups = self.groups
+        if groups is None:
+            return self.level.plan_into(plan.below, rows, num_reads, idly=idly)
+        served = self.level.plan_into(plan.below, plan.keys, num_reads * groups.size, idly=idly)
+        return groups.settle(plan, self.level, served=served)
 
     def release(self, plan: StackPlan) -> None:
         """Let go of the slots of a plan."""
