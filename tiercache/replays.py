@@ -1,6 +1,6 @@
 """The command `tiercache replay`: a trace or a text, through policies, the tiers of a config, or a live store."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from tiercache.policies import DEFAULT
 from tiercache.recording.blocks import MAGIC, RecordedTable
 from tiercache.recording.reader import Recording
 from tiercache.storage import open_table
+from tiercache.storage.table import FileTable
 from tiercache.store import Store
 
 _RECORD_BYTES = 264
@@ -68,7 +69,7 @@ def run(
     what: What, simulated: Simulated, config: Path | None, name: str | None, *, simulate: bool, console: Console
 ) -> None:
     """Replay, and print. ConfigError for options that do not go together, and the errors of loading and of the store."""
-    _require_sense(what, simulated, config, name, simulate=simulate)
+    require_sense(what, simulated, config, name, simulate=simulate)
     if config is None:
         _run_policies(what, simulated, console)
     elif simulate:
@@ -77,7 +78,7 @@ def run(
         _run_store(what, config, name, console)
 
 
-def _require_sense(what: What, simulated: Simulated, config: Path | None, name: str | None, *, simulate: bool) -> None:
+def require_sense(what: What, simulated: Simulated, config: Path | None, name: str | None, *, simulate: bool) -> None:
     if config is None:
         _refuse({"--table": name}, "names a table of a store; it needs --config")
         _refuse({"--simulate": simulate or None}, "is for the tiers of a store; it needs --config")
@@ -116,27 +117,47 @@ def _run_policies(what: What, simulated: Simulated, console: Console) -> None:
     record_bytes = simulated.record_bytes or (max(table.record_bytes for table in tables) if tables else _RECORD_BYTES)
     sizes = [max(1, _bytes(size) // record_bytes) for size in simulated.capacity or ["64MiB"]]
     wanted = _trace(what, simulated.num_rows or (None if what.family != "demo" else _NUM_ROWS), tables)
-    with _progress(f"Simulating {wanted.rows.size:,} rows", len(sizes) * (len(policies) + 1)) as done:
+    with progress(f"Simulating {wanted.rows.size:,} rows", len(sizes) * (len(policies) + 1)) as done:
         results = sweep(wanted, policies, sizes, record_bytes=record_bytes, processes=simulated.processes, done=done)
     _print_replays(console, results)
 
 
 def _run_tiers(what: What, config: StoreConfig, name: str | None, console: Console) -> None:
-    tables = [
-        RecordedTable(each.name, table.num_rows, table.record.record_bytes, table.identity)
-        for each in config.tables
-        for table in (open_table(each.name, each.path, fields=each.fields, resident=each.resident),)
-    ]
-    if not tables:
-        if what.trace is None or not what.recorded:
-            raise ConfigError("table: is required, unless a recording says what the tables are")
-        tables = Recording(what.trace).tables
-    table, base = _table_of(what, tables, name)
-    wanted = _trace(what, table.num_rows, tables)
-    wanted = wanted._replace(rows=wanted.rows + base) if base else wanted
-    with _progress(f"Planning {wanted.rows.size:,} rows", wanted.num_batches) as done:
+    tables = tables_of(what, files_of(config))
+    wanted = trace_on(what, tables, name)
+    with progress(f"Planning {wanted.rows.size:,} rows", wanted.num_batches) as done:
         result = replay_tiers(config, tables, wanted, uses_of(wanted), on_batch=done)
     _print_tiers(console, result)
+
+
+def files_of(config: StoreConfig) -> list[FileTable]:
+    """The tables on disk that a config names, described. Raises as `open_table`."""
+    return [open_table(each.name, each.path, fields=each.fields, resident=each.resident) for each in config.tables]
+
+
+def tables_of(what: What, files: Sequence[FileTable]) -> list[RecordedTable]:
+    """The tables of a config, or those that a recording says there were. ConfigError where there are none."""
+    tables = [RecordedTable(table.name, table.num_rows, table.record_bytes, table.identity) for table in files]
+    if tables:
+        return tables
+    if what.trace is None or not what.recorded:
+        raise ConfigError("table: is required, unless a recording says what the tables are")
+    return Recording(what.trace).tables
+
+
+def trace_on(what: What, tables: list[RecordedTable], name: str | None) -> Trace:
+    """The batches, as rows of a store of these tables; name: of the table that they are for. Raises as loading a trace does."""
+    table, base = _table_of(what, tables, name)
+    wanted = _trace(what, table.num_rows, tables)
+    return wanted._replace(rows=wanted.rows + base) if base else wanted
+
+
+def heads_of(what: What, num_rows: int) -> int | None:
+    """Rows of a token, where what is replayed is a text; None where it is a trace of rows. num_rows: of the table."""
+    made_up = what.synthetic is not None and what.synthetic != "text"
+    if made_up or (what.trace is not None and _format_of(what.trace, what.form) != "tokens"):
+        return None
+    return FAMILIES[what.family](what.vocabulary, num_rows).num_heads
 
 
 def _run_store(what: What, config: Path, name: str | None, console: Console) -> None:
@@ -224,7 +245,7 @@ def _bytes(text: str) -> int:
 
 
 @contextmanager
-def _progress(text: str, total: int) -> Iterator[Done]:
+def progress(text: str, total: int) -> Iterator[Done]:
     """A bar on stderr; none where that is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     terminal = Console(stderr=True)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from tiercache.assemble import level_of, options_of
 from tiercache.config import StoreConfig
 from tiercache.errors import ConfigError
+from tiercache.lab.sampling import choose, limit_of, scaled
 from tiercache.lab.simulator import Counts
 from tiercache.lab.trace import Trace
 from tiercache.level import BYPASSES, HITS, MISSES, Level
@@ -27,6 +28,46 @@ class TierCounts(NamedTuple):
     counts: Counts
 
 
+class Levels(NamedTuple):
+    """The levels of a config (device None without such a tier), bytes of a slot, and how many rows may rise in one batch."""
+
+    device: Level | None
+    host: Level
+    stride: int
+    most: int
+
+
+def levels_of(config: StoreConfig, tables: Sequence[RecordedTable], *, rate: float = 1.0) -> Levels:
+    """The levels that a store of this config would have, empty. ConfigError as from `Store.open`.
+
+    rate: that of the `sample` that they are for: they have so much less slots, and so many fewer rows rise.
+    """
+    num_rows, stride = sum(table.num_rows for table in tables), slot_bytes_of(config, tables)
+    named = {"device": config.device, "host": config.host}
+    levels = {}
+    for name, tier in named.items():
+        if tier is None:
+            continue
+        options = options_of(name, tier, num_rows)
+        if "hot_rows" in options and rate < 1:
+            options["hot_rows"] = options["hot_rows"][choose(options["hot_rows"], limit_of(rate))]
+        slots = tier.capacity // stride
+        small = tier if rate == 1 or not slots else tier.model_copy(update={"capacity": scaled(slots, rate) * stride})
+        levels[name] = level_of(name, small, {name: options}, stride, num_rows)
+    most = 0
+    if config.device is not None:
+        most = config.device.promotion // stride
+        if not most:
+            raise ConfigError(f"device.promotion = {config.device.promotion}: holds no row of {stride} bytes")
+    return Levels(levels.get("device"), levels["host"], stride, scaled(most, rate) if most else 0)
+
+
+def slot_bytes_of(config: StoreConfig, tables: Sequence[RecordedTable]) -> int:
+    """Bytes of a slot of either tier."""
+    unit = 8 if config.device is None else 16
+    return -(-max(table.record_bytes for table in tables) // unit) * unit
+
+
 def simulate_tiers(
     config: StoreConfig, tables: Sequence[RecordedTable], trace: Trace, *, on_batch: Callable[[], object] | None = None
 ) -> list[TierCounts]:
@@ -34,19 +75,10 @@ def simulate_tiers(
 
     on_batch: called after each batch of a stack of two. ConfigError as from `Store.open`.
     """
-    num_rows = sum(table.num_rows for table in tables)
-    unit = 8 if config.device is None else 16
-    stride = -(-max(table.record_bytes for table in tables) // unit) * unit
-    named = {"device": config.device, "host": config.host}
-    options = {name: options_of(name, tier, num_rows) for name, tier in named.items() if tier is not None}
-    host = level_of("host", config.host, options, stride, num_rows)
-    if config.device is None:
+    device, host, stride, most = levels_of(config, tables)
+    if device is None:
         host.replay(trace.rows, trace.offsets)
         return [_counts("host", host, stride)]
-    device = level_of("device", config.device, options, stride, num_rows)
-    most = config.device.promotion // stride
-    if not most:
-        raise ConfigError(f"device.promotion = {config.device.promotion}: holds no row of {stride} bytes")
     for rows in trace.batches():
         plan = StackPlan(rows.size, above=True)
         if not plan_stack(device, host, plan, rows, 0, most, idly=True):
