@@ -1,9 +1,8 @@
 """Tune: tokens a second that `tiercache tune` predicts for stores of several sizes, against what these stores then do.
 
-Of each trace the first half fills the tiers, and the second counts. Text is read and written as a server does, half of its misses
-are of rows that nobody asked for before; Zipf's rows come again and again, in batches of 48 tokens, from all over the table, or
-from rows that lie together and so share reads. The machine is measured anew before each store, as the disk changes from minute to
-minute.
+Of each trace the first half fills the tiers, and the second counts. Zipf's rows come again and again, in batches of 48 tokens,
+from all over the table, or from a part of it, where they share reads. Text is read and written as a server does, and many of
+its rows nobody asked for before. The machine is measured anew before each store, as the disk changes from minute to minute.
 """
 
 import time
@@ -29,7 +28,7 @@ _WITHIN = 0.15
 
 
 class Case(NamedTuple):
-    """A trace, and tiers with room for these shares of its rows. ahead: the next batch's reads are begun before one is taken."""
+    """A trace, and tiers with room for these shares of its rows. ahead: reads are begun a batch ahead."""
 
     trace: str
     host: float

@@ -249,7 +249,7 @@ def predict() -> Predictor:
 def test_the_sizes_that_are_found_are_the_cheapest_of_a_trace(predict: Predictor) -> None:
     hosts = ladder(1 << 20, predict.everything, 16, steps=2)
     devices: list[int | None] = [*ladder(2000, predict.everything, 16, steps=1)]
-    assert (devices[-1], hosts[-1]) == (2000, 300 * 16)
+    assert (devices[-1], hosts[-1]) == (2000, predict.everything)
     rates = {sizes: predict.rate(sizes) for sizes in (Sizes(d, h) for d, h in product(devices, hosts))}
     for share in (0.2, 0.5, 0.9, 1):
         target = max(rates.values()) * share
@@ -278,14 +278,14 @@ def test_what_binds_is_named(predict: Predictor) -> None:
     small, full = Sizes(20 * 16, 40 * 16), Sizes(all_, all_)
     ceiling, best = predict.ceiling(small), predict.rate(full)
     assert best < ceiling, "rows are asked for the first time in what counts"
-    assert "the processor is what binds" in why_not(predict, small, ceiling * 1.01)
-    assert "the disk is what binds" in why_not(predict, small, (ceiling + best) / 2)
-    only_host, only_device = predict.rate(Sizes(small.device, all_)), predict.rate(Sizes(all_, small.host))
+    assert "the processor binds" in why_not(predict, small, ceiling * 1.01)
+    assert "the disk binds" in why_not(predict, small, (ceiling + best) / 2)
+    only_host = predict.rate(Sizes(small.device, all_))
     assert "; with room for every row of the trace " in why_not(predict, small, only_host)
-    assert why_not(predict, small, only_host).endswith(": --ram is what binds")
-    assert only_device > only_host
-    assert why_not(predict, small, only_device).endswith(": --hbm is what binds")
-    assert why_not(predict, Sizes(small.device, all_), best).endswith(": --hbm is what binds")
+    assert why_not(predict, small, only_host).endswith(": --ram binds")
+    assert only_host < best
+    assert why_not(predict, small, best).endswith(": --hbm and --ram binds")
+    assert why_not(predict, Sizes(small.device, all_), best).endswith(": --hbm binds")
     assert f"the limits give {predict.rate(small):,.0f}" in why_not(predict, small, best)
 
 
@@ -297,7 +297,7 @@ VALUES = st.one_of(
 SECTION = st.dictionaries(KEYS, VALUES, max_size=4)
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(st.dictionaries(KEYS, st.one_of(VALUES, SECTION, st.lists(SECTION, min_size=1, max_size=3)), max_size=5))
 def test_what_is_written_as_toml_is_read_as_it_was(data: dict) -> None:
     comments = {key: ["why", ""] for key in data}
@@ -359,7 +359,7 @@ def test_figures_that_cannot_be_read_are_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", [None, 1 << 20])
 def test_a_machine_is_measured(tables: dict[str, Path], device: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "_ARRAY_BYTES", 1 << 20)
+    monkeypatch.setattr(measuring, "_ARRAY_BYTES", 2 << 20)
     monkeypatch.setattr(measuring, "_RESIDENT", (1, 16, 256))
     monkeypatch.setattr(measuring, "_COLD", (1, 4, 16))
     monkeypatch.setattr(measuring, "_RESIDENT_S", 1e-9)

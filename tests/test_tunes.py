@@ -156,10 +156,10 @@ def test_without_a_target_sizes_are_only_shown(tune: Tune) -> None:
     ("options", "message"),
     [
         ({"target_tokens_per_s": 1e9}, "1,000,000,000 tokens/s are out of reach: the limits give "),
-        ({"target_tokens_per_s": 1e9}, "would be the most: the processor is what binds"),
+        ({"target_tokens_per_s": 1e9}, "would be the most: the processor binds"),
         ({"target_tokens_per_s": 20_000, "ram": "20KiB"}, "with room for every row of the trace 4"),
-        ({"target_tokens_per_s": 20_000, "ram": "20KiB"}, ": --ram is what binds"),
-        ({"target_tokens_per_s": 100_000}, ": the disk is what binds"),
+        ({"target_tokens_per_s": 20_000, "ram": "20KiB"}, ": --ram binds"),
+        ({"target_tokens_per_s": 100_000}, ": the disk binds"),
     ],
 )
 def test_a_target_out_of_reach_is_an_error_that_says_what_binds(

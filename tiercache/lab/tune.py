@@ -179,7 +179,7 @@ def why_not(predict: Predictor, limits: Sizes, target: float) -> str:
     begin = f"{target:,.0f} tokens/s are out of reach: the limits give {reached:,.0f}"
     ceiling = predict.ceiling(limits)
     if ceiling < target:
-        return f"{begin}, and with every row in the top tier {ceiling:,.0f} would be the most: the processor is what binds"
+        return f"{begin}, and with every row in the top tier {ceiling:,.0f} would be the most: the processor binds"
     host = Sizes(limits.device, max(everything, limits.host))
     ways = [("--ram", host)]
     if limits.device is not None:
@@ -187,9 +187,9 @@ def why_not(predict: Predictor, limits: Sizes, target: float) -> str:
         ways += [("--hbm", Sizes(device, limits.host)), ("--hbm and --ram", Sizes(device, host.host))]
     for name, sizes in ways:
         if sizes != limits and (more := predict.rate(sizes)) >= target:
-            return f"{begin}; with room for every row of the trace {more:,.0f}: {name} is what binds"
+            return f"{begin}; with room for every row of the trace {more:,.0f}: {name} binds"
     most = predict.rate(ways[-1][1])
     return (
         f"{begin}, and with room for every row of the trace {most:,.0f}, as it asks for rows that nobody asked for before: "
-        "the disk is what binds"
+        "the disk binds"
     )
