@@ -45,6 +45,7 @@ _CASES = (
     Case("Zipf", 0.02),
     Case("Zipf", 0.1),
     Case("Zipf", 0.4),
+    Case("Zipf", 0.9),
     Case("Zipf", 0.2, 0.05),
     Case("Zipf", 0.1, ahead=True),
     Case("Zipf, together", 0.1),

@@ -1,6 +1,7 @@
 """`tiercache tune`, as a shell sees it, with the figures of a made-up machine."""
 
 import tomllib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,10 +95,13 @@ def test_the_smallest_config_is_written_and_is_otherwise_the_old_one(tune: Tune,
     assert new == old.model_copy(update={"host": old.host.model_copy(update={"capacity": wanted})})
     assert tomllib.loads(text)["storage"] == {"queue_depth": 32}
     expected = predict(Sizes(None, wanted))
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning), Store.open(new) as store:
+        books = store.stats().host.bookkeeping_bytes
     for line in (
         f"# Written by tiercache tune from store.toml: the smallest tiers for {target:,.0f} tokens/s fetched one batch after",
-        f"# of which {expected.tokens_per_s:,.0f} are expected with {expected.reads:.2f} reads of the disk a token.",
+        f"# {expected.tokens_per_s:,.0f} tokens/s are expected, with {expected.reads:.2f} reads of the disk a token.",
         "# Machine: a made-up one.",
+        f"# The books of the tiers take {books / 1024:.2f} KiB of host memory on top.",
         f"has {expected.host_hits:.1%} of the rows asked for; one more GiB would bring +",
     ):
         assert line in text

@@ -203,7 +203,7 @@ def replay(
 @app.command()
 def tune(
     config: Annotated[Path, typer.Option(help="Store whose tiers are sized; all else of it is kept.")],
-    ram: Annotated[str | None, typer.Option(help='The most that the host tier may have, like "64GiB".')] = None,
+    ram: Annotated[str | None, typer.Option(help='The most that the host tier may have for records, like "64GiB".')] = None,
     hbm: Annotated[
         str | None, typer.Option(help="The most that the device tier may have; without it, that tier stays as --config has it.")
     ] = None,

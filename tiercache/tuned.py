@@ -91,9 +91,10 @@ def tuned_config(source: Path, destination: Path, predict: Predictor, sizes: Siz
     data["host"] = data.get("host", {}) | {"capacity": _setting(sizes.host)}
     way = "with reads begun ahead" if predict.ahead else "fetched one batch after the other"
     head = [
-        f"Written by tiercache tune from {source.name}: the smallest tiers for {target:,.0f} tokens/s {way},",
-        f"of which {found.tokens_per_s:,.0f} are expected with {found.reads:.2f} reads of the disk a token.",
+        f"Written by tiercache tune from {source.name}: the smallest tiers for {target:,.0f} tokens/s {way}.",
+        f"{found.tokens_per_s:,.0f} tokens/s are expected, with {found.reads:.2f} reads of the disk a token.",
     ]
+    head.append(f"The books of the tiers take {size_of(predict.books(sizes))} of host memory on top.")
     if predict.machine.about:
         head.append(f"Machine: {predict.machine.about}.")
     comments = {"host": _why(sizes.host, found.host_hits, gains["host"])}

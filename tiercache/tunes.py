@@ -108,6 +108,7 @@ def _tune(predict: Predictor, path: Path, limits: Sizes, wanted: Wanted, console
     device = "" if sizes.device is None else f"device {size_of(sizes.device)}, "
     found = f"{device}host {size_of(sizes.host)}, with {predict.rate(sizes):,.0f}"
     console.print(f"smallest for {wanted.target:,.0f} tokens/s: {found}", highlight=False)
+    console.print(f"their books take {size_of(predict.books(sizes))} of host memory on top", highlight=False)
     told = ", ".join(f"{tier} {gain:+,.0f}" for tier, gain in gains.items())
     console.print(f"one more GiB, in tokens/s: {told}", highlight=False)
     if wanted.out is not None:

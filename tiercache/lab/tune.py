@@ -13,7 +13,7 @@ from tiercache.config import StoreConfig
 from tiercache.errors import TierCacheError
 from tiercache.lab.machine import Machine
 from tiercache.lab.model import Work, seconds
-from tiercache.lab.tiers import slot_bytes_of
+from tiercache.lab.tiers import levels_of, slot_bytes_of
 from tiercache.lab.work import Asked, ReadCounter, work_of
 from tiercache.recording.blocks import RecordedTable
 
@@ -97,6 +97,11 @@ class Predictor:
             assert self._config.device is not None
             update["device"] = self._config.device.model_copy(update={"capacity": sizes.device})
         return self._config.model_copy(update=update)
+
+    def books(self, sizes: Sizes) -> int:
+        """Bytes of host memory that the books of tiers of these sizes take, beside the records."""
+        levels = levels_of(self.config(sizes), self._tables)
+        return levels.host.nbytes + (levels.device.nbytes if levels.device is not None else 0)
 
     @property
     def everything(self) -> int:
