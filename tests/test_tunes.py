@@ -291,3 +291,11 @@ def test_what_is_measured_is_kept(tune: Tune, there: Path, monkeypatch: pytest.M
     assert result.exit_code == 0, result.output
     assert Machine.load(there / "here.toml") == ALONE
     assert result.stdout == tune(machine="here.toml").stdout
+
+
+def test_tiers_that_a_sample_says_nothing_about_are_not_tried(tune: Tune) -> None:
+    result = tune(sample=0.5, target_tokens_per_s=1)
+    assert result.exit_code == 0, result.output
+    assert "simulated with 50.00% of its rows" in result.stdout
+    (line,) = [line for line in result.stdout.splitlines() if "<-" in line and "%" in line and "iB" in line]
+    assert float(line.split()[0]) * 1024 >= 2000 * 264

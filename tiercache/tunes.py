@@ -88,11 +88,11 @@ def run(what: replays.What, wanted: Wanted, path: Path, name: str | None, *, con
 
 def _tune(predict: Predictor, path: Path, limits: Sizes, wanted: Wanted, console: Console) -> None:
     """Search, print and write."""
-    stride, everything = predict.slot_bytes, predict.everything
-    hosts = ladder(limits.host, everything, stride, steps=_HOST_STEPS)
+    least, everything = predict.least, predict.everything
+    hosts = ladder(limits.host, everything, least, steps=_HOST_STEPS)
     devices: list[int | None] = [limits.device]
     if limits.device is not None and wanted.hbm is not None:
-        devices = [*ladder(limits.device, everything, stride, steps=_DEVICE_STEPS)]
+        devices = [*ladder(limits.device, everything, least, steps=_DEVICE_STEPS)]
     sizes = None
     if wanted.target is not None:
         sizes = smallest(predict.rate, devices, hosts, wanted.target, dearness=wanted.hbm_cost)

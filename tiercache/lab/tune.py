@@ -20,6 +20,9 @@ from tiercache.recording.blocks import RecordedTable
 _OCTAVES = 10
 """From a ladder's top to its foot."""
 
+_LEAST_SAMPLED = 1000
+"""Slots over a sample with which a policy does about what it would do over the trace."""
+
 _UNITS = (1 << 20, 1 << 10, 1)
 
 
@@ -107,6 +110,11 @@ class Predictor:
     def everything(self) -> int:
         """Bytes of a tier with room for every row of the trace; of a sample, which knows them about, with some more."""
         return round(self.asked.touched * (1 if self.asked.rate == 1 else 1.05)) * self.slot_bytes
+
+    @property
+    def least(self) -> int:
+        """Bytes of the smallest tier that is worth predicting: of a sample, one of which it has some slots."""
+        return self.slot_bytes * (1 if self.asked.rate == 1 else ceil(_LEAST_SAMPLED / self.asked.rate))
 
     def _found(self, sizes: Sizes) -> tuple[Work, Prediction]:
         if sizes not in self._known:
