@@ -382,3 +382,21 @@ def test_a_device_that_is_not_here_is_not_measured(tables: dict[str, Path], monk
     config = StoreConfig.load({"table": [{"path": tables["one"]}], "device": {}})
     with pytest.raises(ConfigError, match=r"device\.device = 'cuda': this machine has none to measure; --machine gives"):
         measuring.measure(config, [open_table("table", tables["one"])])
+
+
+def test_a_table_that_one_slot_holds_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "_ARRAY_BYTES", 2 << 20)
+    path = write_rows(tmp_path / "one.safetensors", 1, 264)
+    with pytest.raises(ConfigError, match="table 'one': its 1 rows are too few to measure reads"):
+        measuring.measure(config_over({"one": path}, 1 << 20), [open_table("one", path)])
+
+
+def test_wide_rows_are_measured_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "_ARRAY_BYTES", 4 << 20)
+    monkeypatch.setattr(measuring, "_RESIDENT_S", 1e-9)
+    monkeypatch.setattr(measuring, "_COLD_S", 1e-9)
+    path = write_rows(tmp_path / "one.safetensors", 400, 40_000)
+    found = measuring.measure(config_over({"one": path}, 1 << 20), [open_table("one", path)])
+    assert found.record_bytes == 40_000
+    assert found.resident.rows == (1, 4, 16)
+    assert found.disk.read_bytes >= 40_000

@@ -94,7 +94,7 @@ def _open(stack: ExitStack, config: StoreConfig, name: str, sources: dict[str, A
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         store = stack.enter_context(Store.open(config.model_copy(update=update), tables=sources))
     place = "cpu" if config.device is None else config.device.device
-    out = torch.empty((max(_RESIDENT), store.dim(name)), dtype=store.dtype(name), device=place)
+    out = torch.empty((_most_rows(store.record_bytes(name)), store.dim(name)), dtype=store.dtype(name), device=place)
 
     def fetch(rows: Rows) -> float:
         begin = time.perf_counter()
@@ -104,6 +104,11 @@ def _open(stack: ExitStack, config: StoreConfig, name: str, sources: dict[str, A
         return time.perf_counter() - begin
 
     return _Table(store, name, fetch, _scatter(store.num_rows(name)))
+
+
+def _most_rows(record_bytes: int) -> int:
+    """Rows of the largest fetch that is measured."""
+    return max(min(max(_RESIDENT), _ARRAY_BYTES // 4 // record_bytes), 1)
 
 
 def _scatter(num_rows: int) -> Callable[[int], Rows]:
@@ -132,7 +137,8 @@ def _mean(call: Callable[[], float], least_s: float) -> float:
 
 
 def _measure_memory(config: StoreConfig, table: FileTable, done: Done) -> tuple[Resident, Below | None]:
-    num_rows = max(_ARRAY_BYTES // table.record_bytes, max(_RESIDENT))
+    longest = _most_rows(table.record_bytes)
+    num_rows = 64 * (-(-_ARRAY_BYTES // table.record_bytes) // 64 + 1)
     rows = MemoryTable(np.zeros((num_rows, table.record_bytes), np.uint8), table.record)
     tiers = {"host": num_rows * table.record_bytes // 2}
     if config.device is not None:
@@ -142,9 +148,9 @@ def _measure_memory(config: StoreConfig, table: FileTable, done: Done) -> tuple[
         random = np.random.default_rng(0)
         hot = served.scattered(num_rows // (4 if config.device is None else 16))
         for _ in range(4):  # used again, they rise
-            for part in np.array_split(hot, -(-hot.size // max(_RESIDENT))):
+            for part in np.array_split(hot, -(-hot.size // longest)):
                 served.fetch(part)
-        sizes = [size for size in _RESIDENT if size <= hot.size]
+        sizes = [size for size in _RESIDENT if size <= min(hot.size, longest)]
         rounds: list[list[float]] = []
         for _ in range(_ROUNDS):
             rounds.append([_mean(partial(_fetch_some, served, hot, size, random), _RESIDENT_S) for size in sizes])
@@ -152,7 +158,7 @@ def _measure_memory(config: StoreConfig, table: FileTable, done: Done) -> tuple[
         resident = Resident(rows=tuple(sizes), seconds=tuple(map(median, zip(*rounds, strict=True))))
         if config.device is None:
             return resident, None
-        most = min(max(_RESIDENT), config.device.promotion // -(-table.record_bytes // 16) // 16, num_rows // 64)
+        most = min(longest, config.device.promotion // -(-table.record_bytes // 16) // 16, num_rows // 64)
         few, many = (_below(served, size, resident) for size in (min(16, most), max(most, 32)))
     row_seconds = max((many[1] - few[1]) / (many[0] - few[0]), 0.0)
     return resident, Below(call_seconds=max(few[1] - few[0] * row_seconds, 0.0), row_seconds=row_seconds)
@@ -175,13 +181,13 @@ def _below(served: _Table, size: int, resident: Resident) -> tuple[float, float]
 
 
 def _measure_disk(config: StoreConfig, table: FileTable, resident: Resident, done: Done) -> DiskFigures:
-    slots = max(min(_DISK_SLOTS, table.num_rows // 4), 1)
+    slots = max(min(_DISK_SLOTS, table.num_rows // 4, _ARRAY_BYTES // table.record_bytes), 1)
     tiers = {"host": 64 * slots + slots * table.record_bytes}
     if config.device is not None:
         tiers["device"] = 64 + tiers["host"] // 4
     with ExitStack() as stack:
         served = _open(stack, config, table.name, {}, tiers)
-        sizes = [size for size in _COLD if size <= max(slots // 2, 1)]
+        sizes = [size for size in _COLD if size <= max(min(slots // 2, _most_rows(table.record_bytes)), 1)]
         for _ in range(-(-slots // sizes[-1])):
             served.fetch(served.scattered(sizes[-1]))
         rounds: list[list[tuple[float, float, float, float]]] = []
@@ -189,6 +195,9 @@ def _measure_disk(config: StoreConfig, table: FileTable, resident: Resident, don
             rounds.append([_cold(served, size) for size in sizes])
             done()
         found = [tuple(map(median, zip(*each, strict=True))) for each in zip(*rounds, strict=True)]
+        if found[0][1] < 0.5:
+            few = f"table {table.name!r}: its {table.num_rows} rows are too few to measure reads"
+            raise ConfigError(f"{few}; --machine gives the figures of a machine")
         row_seconds = found[-1][3] / sizes[-1]
         run = max(min(_RUN_BYTES // table.record_bytes, sizes[-1]), 1)
         dense = _dense(served, run, max(sizes[-1] // run, 1), table.num_rows)
