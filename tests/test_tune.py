@@ -386,6 +386,8 @@ def test_a_device_that_is_not_here_is_not_measured(tables: dict[str, Path], monk
 
 def test_a_table_that_one_slot_holds_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "_ARRAY_BYTES", 2 << 20)
+    monkeypatch.setattr(measuring, "_RESIDENT_S", 1e-9)
+    monkeypatch.setattr(measuring, "_COLD_S", 1e-9)
     path = write_rows(tmp_path / "one.safetensors", 1, 264)
     with pytest.raises(ConfigError, match="table 'one': its 1 rows are too few to measure reads"):
         measuring.measure(config_over({"one": path}, 1 << 20), [open_table("one", path)])
