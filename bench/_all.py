@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-_WITH_TABLE = ("cold", "small", "mixed", "memory", "restart", "startup")
+_WITH_TABLE = ("cold", "small", "mixed", "memory", "restart", "startup", "tune")
 _WITHOUT_TABLE = ("hot", "policies", "curves", "hashing", "record", "tiers", "groups", "kernels")
 
 

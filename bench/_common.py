@@ -218,10 +218,9 @@ class Figure(NamedTuple):
 
     def cells(self) -> tuple[str, ...]:
         """The line as text."""
-        target = ""
-        for sign, bound in ((">=", self.at_least), ("<=", self.at_most)):
-            if bound is not None:
-                target = f"{sign} {_number(bound)} {'x' if self.baseline else self.unit}"
+        unit = "x" if self.baseline else self.unit
+        bounds = ((">=", self.at_least), ("<=", self.at_most))
+        target = ", ".join(f"{sign} {_number(bound)} {unit}" for sign, bound in bounds if bound is not None)
         value, baseline = f"{_number(self.value)} {self.unit}", ""
         if self.baseline:
             baseline = f"{self.baseline}: {_number(self.baseline_value)} {self.unit}"

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from typer.core import TyperGroup
 
 from tiercache import demo as demonstration
-from tiercache import replays
+from tiercache import replays, tunes
 from tiercache.errors import ConfigError, TierCacheError
 from tiercache.lab.tokens import SHIPPED, SHIPPED_VOCABULARY
 from tiercache.recording.reader import DamagedRecording
@@ -201,12 +201,67 @@ def replay(
     """Replay a trace or a text, live or simulated: hit rates, reads, and what no policy could beat."""
     what = replays.What(trace, form, text, synthetic, seed, family, vocabulary, limit, batch)
     simulated = replays.Simulated(policy, capacity, record_bytes, num_rows, processes)
+    with _damage_told() as told:
+        options = what, simulated, config, name
+        replays.run(
+            *options, simulate=simulate, console=console, report=report, command=_command_line(ctx), told=told
+        )
+
+
+@app.command()
+def tune(
+    config: Annotated[Path, typer.Option(help="Store whose tiers are sized; all else of it is kept.")],
+    ram: Annotated[str | None, typer.Option(help='The most that the host tier may have for records, like "64GiB".')] = None,
+    hbm: Annotated[
+        str | None, typer.Option(help="The most that the device tier may have; without it, that tier stays as --config has it.")
+    ] = None,
+    target: Annotated[
+        float | None, typer.Option("--target-tokens-per-s", min=0, help="Rate to be reached by the smallest tiers.")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="Trace, as of replay; without one, a text.")] = None,
+    form: Annotated[str | None, typer.Option("--format", help="Of the trace, as of replay.")] = None,
+    text: Annotated[Path, typer.Option("--tokens", help=".npz with tokens and documents.")] = SHIPPED,
+    synthetic: Annotated[str | None, typer.Option(help="Make one up instead, as replay does.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is made up.")] = 0,
+    family: Annotated[str, typer.Option(help="Hashing of a text: demo, deepseek, qwen, longcat.")] = "demo",
+    vocabulary: Annotated[int, typer.Option(min=1, help="Number of token ids.")] = SHIPPED_VOCABULARY,
+    limit: Annotated[int | None, typer.Option(min=1, help="Tokens of a text, or batches of a trace, to use.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Tokens of a text in a batch, as of replay.")] = None,
+    name: Annotated[str | None, typer.Option("--table", help="Table of the store.")] = None,
+    rows_per_token: Annotated[
+        float | None, typer.Option(min=1e-9, help="Rows that a token asks for, where the trace is no text.")
+    ] = None,
+    ahead: Annotated[
+        bool, typer.Option("--prefetch", help="The caller always has the next batch's reads begun.")
+    ] = False,
+    warm_up: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the trace that only fills the tiers; the rest counts.")
+    ] = 0.5,
+    hbm_cost: Annotated[float, typer.Option(min=0, help="What a byte of the device tier costs, in bytes of the host's.")] = 10,
+    sample: Annotated[
+        float | None, typer.Option(help="Share of the rows to simulate; all of a short trace where it is not given.")
+    ] = None,
+    machine: Annotated[Path | None, typer.Option(help="Figures of a machine; without them this one is measured.")] = None,
+    save_machine: Annotated[Path | None, typer.Option(help="File to write the measured figures to.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Config to write, with the tiers that reach the target.")] = None,
+    profile: Annotated[Path | None, typer.Option(help=".npy to write: rows of the store, the most used first.")] = None,
+) -> None:
+    """Say which tiers reach a rate: measure the machine, simulate sizes on a trace, and write the cheapest config."""
+    what = replays.What(trace, form, text, synthetic, seed, family, vocabulary, limit, batch)
+    wanted = tunes.Wanted(
+        hbm, ram, target, rows_per_token, ahead, warm_up, hbm_cost, sample, machine, save_machine, out, profile
+    )
+    with _damage_told():
+        tunes.run(what, wanted, config, name, console=console)
+
+
+@contextmanager
+def _damage_told() -> Iterator[list[warnings.WarningMessage]]:
+    """Where a recording is damaged is told on stderr. What is told so far."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", DamagedRecording)
         try:
-            options = what, simulated, config, name
-            command = _command_line(ctx)
-            replays.run(*options, simulate=simulate, console=console, report=report, command=command, told=told)
+            yield told
         finally:
             for warning in told:
                 _tell(f"warning: {warning.message}", "yellow")

@@ -33,6 +33,7 @@ from tiercache.report.page import page
 from tiercache.report.rows import COLUMNS, result_rows, title
 from tiercache.report.subject import Text, of_rows, of_text
 from tiercache.storage import open_table
+from tiercache.storage.table import FileTable
 from tiercache.store import Store
 
 _RECORD_BYTES = 264
@@ -102,7 +103,7 @@ def run(
 
     report: a page of HTML to write, which shows the command line and what is told: warnings, as they come.
     """
-    _require_sense(what, simulated, config, name, simulate=simulate)
+    require_sense(what, simulated, config, name, simulate=simulate)
     if report is not None and config is not None and (size := StoreConfig.load(config).group_rows) > 1:
         raise ConfigError(f"--report: tells of rows; the tiers of {config} hold groups of {size}, allowed is group_rows = 1")
     with ExitStack() as stack:
@@ -117,7 +118,7 @@ def run(
         console.print(f"{report}: the report", soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
-def _require_sense(what: What, simulated: Simulated, config: Path | None, name: str | None, *, simulate: bool) -> None:
+def require_sense(what: What, simulated: Simulated, config: Path | None, name: str | None, *, simulate: bool) -> None:
     if config is None:
         _refuse({"--table": name}, "names a table of a store; it needs --config")
         _refuse({"--simulate": simulate or None}, "is for the tiers of a store; it needs --config")
@@ -157,7 +158,7 @@ def _run_policies(what: What, simulated: Simulated, console: Console, report: Wa
     sizes = [max(1, _bytes(size) // record_bytes) for size in simulated.capacity or ["64MiB"]]
     num_rows = simulated.num_rows or (None if what.family != "demo" else _NUM_ROWS)
     wanted = _trace(what, num_rows, tables)
-    with _progress(f"Simulating {wanted.rows.size:,} rows", len(sizes) * (len(policies) + 1)) as done:
+    with progress(f"Simulating {wanted.rows.size:,} rows", len(sizes) * (len(policies) + 1)) as done:
         results = sweep(wanted, policies, sizes, record_bytes=record_bytes, processes=simulated.processes, done=done)
     _print_replays(console, results)
     if report is not None:
@@ -168,27 +169,48 @@ def _run_policies(what: What, simulated: Simulated, console: Console, report: Wa
 
 
 def _run_tiers(what: What, config: StoreConfig, name: str | None, console: Console, report: Wanted | None) -> None:
-    tables = [
-        RecordedTable(each.name, table.num_rows, table.record.record_bytes, table.identity)
-        for each in config.tables
-        for table in (open_table(each.name, each.path, fields=each.fields, resident=each.resident),)
-    ]
-    if not tables:
-        if what.trace is None or not what.recorded:
-            raise ConfigError("table: is required, unless a recording says what the tables are")
-        tables = Recording(what.trace).tables
-    table, base = _table_of(what, tables, name)
-    wanted = _trace(what, table.num_rows, tables)
-    wanted = wanted._replace(rows=wanted.rows + base) if base else wanted
+    tables = tables_of(what, files_of(config))
+    wanted = trace_on(what, tables, name)
     uses = uses_of(in_groups(wanted, config.group_rows))
-    with _progress(f"Planning {wanted.rows.size:,} rows", wanted.num_batches) as done:
+    with progress(f"Planning {wanted.rows.size:,} rows", wanted.num_batches) as done:
         result = replay_tiers(config, tables, wanted, uses, on_batch=done)
     _print_replays(console, [result], config.group_rows)
     if report is not None:
+        table, base = _table_of(what, tables, name)
         subject = _subject(what, report, table.num_rows, tables, base)
         with _measuring() as steps:
             facts = measure.of_tiers(subject, config, tables, wanted, uses, result, steps)
         report.save(page(facts))
+
+
+def files_of(config: StoreConfig) -> list[FileTable]:
+    """The tables on disk that a config names, described. Raises as `open_table`."""
+    return [open_table(each.name, each.path, fields=each.fields, resident=each.resident) for each in config.tables]
+
+
+def tables_of(what: What, files: Sequence[FileTable]) -> list[RecordedTable]:
+    """The tables of a config, or those that a recording says there were. ConfigError where there are none."""
+    tables = [RecordedTable(table.name, table.num_rows, table.record_bytes, table.identity) for table in files]
+    if tables:
+        return tables
+    if what.trace is None or not what.recorded:
+        raise ConfigError("table: is required, unless a recording says what the tables are")
+    return Recording(what.trace).tables
+
+
+def trace_on(what: What, tables: list[RecordedTable], name: str | None) -> Trace:
+    """The batches, as rows of a store of these tables; name: of the table that they are for. Raises as loading a trace does."""
+    table, base = _table_of(what, tables, name)
+    wanted = _trace(what, table.num_rows, tables)
+    return wanted._replace(rows=wanted.rows + base) if base else wanted
+
+
+def heads_of(what: What, num_rows: int) -> int | None:
+    """Rows of a token, where what is replayed is a text; None where it is a trace of rows. num_rows: of the table."""
+    made_up = what.synthetic is not None and what.synthetic != "text"
+    if made_up or (what.trace is not None and _format_of(what.trace, what.form) != "tokens"):
+        return None
+    return FAMILIES[what.family](what.vocabulary, num_rows).num_heads
 
 
 def _run_store(what: What, config: Path, name: str | None, console: Console, report: Wanted | None) -> None:
@@ -315,11 +337,11 @@ def _bytes(text: str) -> int:
 
 
 @contextmanager
-def _progress(text: str, total: int) -> Iterator[Done]:
+def progress(text: str, total: int) -> Iterator[Done]:
     """A bar on stderr; none where that is no terminal."""
-    with _bar() as progress:
-        task = progress.add_task(text, total=total)
-        yield lambda: progress.advance(task)
+    with _bar() as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda: bar.advance(task)
 
 
 def _print_replays(console: Console, results: list[Replay], group_rows: int = 1) -> None:

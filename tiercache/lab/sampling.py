@@ -34,7 +34,7 @@ class Sample(NamedTuple):
 
     def slots(self, capacity: int) -> int:
         """Slots over the sample that stand for `capacity` slots over the trace."""
-        return max(1, round(self.rate * capacity))
+        return scaled(capacity, self.rate)
 
     def adjusted(self, counts: Counts) -> Counts:
         """Counts of a policy over the sample, as of the accesses that were to be expected."""
@@ -56,7 +56,7 @@ def sample(rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64] | None = 
     """
     if not 0 < rate <= 1:
         raise ValueError(f"rate = {rate!r}: allowed are shares above 0, up to 1")
-    limit = max(1, round(rate * 2**32))
+    limit = limit_of(rate)
     rate = limit / 2**32
     accesses = rows.size if offsets is None else num_accesses(rows, offsets)
     if limit == 2**32:
@@ -64,6 +64,16 @@ def sample(rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64] | None = 
     chosen = choose(rows, limit)
     kept = None if offsets is None else np.searchsorted(chosen, offsets)
     return Sample(rows[chosen], kept, rate, rate * accesses)
+
+
+def scaled(slots: int, rate: float) -> int:
+    """Slots over a sample that stand for `slots` over the trace; at least one."""
+    return max(1, round(rate * slots))
+
+
+def limit_of(rate: float) -> int:
+    """Rows whose hash is below this are sampled."""
+    return max(1, round(rate * 2**32))
 
 
 class LruCurve(NamedTuple):
@@ -107,9 +117,14 @@ def choose(rows: Any, limit: int) -> Any:
     return chosen
 
 
-@jit
-def num_accesses(rows: Any, offsets: Any) -> int:
+def num_accesses(rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> int:
     """Distinct rows of each batch, summed."""
+    return int(distinct_rows(rows, offsets).sum())
+
+
+@jit
+def distinct_rows(rows: Any, offsets: Any) -> Any:
+    """Distinct rows of each batch: int64[b]."""
     longest = 1
     for b in range(offsets.size - 1):
         longest = max(longest, offsets[b + 1] - offsets[b])
@@ -118,7 +133,7 @@ def num_accesses(rows: Any, offsets: Any) -> int:
         size *= 2
     seen = np.empty(size, np.int64)
     batch = np.full(size, -1, np.int64)
-    count = 0
+    counts = np.zeros(offsets.size - 1, np.int64)
     for b in range(offsets.size - 1):
         for i in range(offsets[b], offsets[b + 1]):
             at = tag_of(rows[i]) & (size - 1)
@@ -127,5 +142,5 @@ def num_accesses(rows: Any, offsets: Any) -> int:
             if batch[at] != b:
                 batch[at] = b
                 seen[at] = rows[i]
-                count += 1
-    return count
+                counts[b] += 1
+    return counts

@@ -14,7 +14,7 @@ from tiercache import hot
 from tiercache.assemble import Beginning, beginning_of, level_of, most_rising, stride_of
 from tiercache.config import StoreConfig
 from tiercache.lab.groups import Groups, everything, replay_groups
-from tiercache.lab.sampling import choose
+from tiercache.lab.sampling import choose, limit_of, scaled
 from tiercache.lab.simulator import Counts
 from tiercache.lab.trace import Trace, in_groups
 from tiercache.level import BYPASSES, HITS, MISSES, Level
@@ -39,6 +39,34 @@ class ByGroup(NamedTuple):
     missed_above: npt.NDArray[np.int64]
 
 
+class Levels(NamedTuple):
+    """The levels of a config (device None without such a tier), bytes of a slot, and how many rows may rise in one batch."""
+
+    device: Level | None
+    host: Level
+    stride: int
+    most: int
+
+
+def levels_of(config: StoreConfig, tables: Sequence[RecordedTable], *, rate: float = 1.0) -> Levels:
+    """The levels that a store of this config would have, with its hot sets. ConfigError as from `Store.open`.
+
+    rate: that of the `sample` that they are for: they have so much less slots, and so many fewer rows rise.
+    """
+    num_rows, size = sum(table.num_rows for table in tables), config.group_rows
+    stride = stride_of((table.record_bytes for table in tables), config)
+    begin = _sampled(beginning_of(config, num_rows), rate)
+    levels = {}
+    for name, tier in (("device", config.device), ("host", config.host)):
+        if tier is not None:
+            slots = tier.capacity // stride
+            small = tier if rate == 1 or not slots else tier.model_copy(update={"capacity": scaled(slots, rate) * stride})
+            levels[name] = level_of(name, small, begin.options, stride, num_rows, size)
+    hot.release(levels, hot.admit(levels, begin.hot_sets))
+    most = 0 if config.device is None else scaled(most_rising(config.device, stride, size), rate)
+    return Levels(levels.get("device"), levels["host"], stride * size, most)
+
+
 def simulate_tiers(
     config: StoreConfig, tables: Sequence[RecordedTable], trace: Trace, *, on_batch: Callable[[], object] | None = None
 ) -> list[TierCounts]:
@@ -61,19 +89,12 @@ def simulate_groups(
     rate: float = 1.0,
     on_batch: Callable[[], object] | None = None,
 ) -> tuple[list[TierCounts], ByGroup]:
-    """`simulate_tiers`, and misses by group. rate: of the sample that the trace is; hot sets are sampled likewise."""
-    num_rows, size = sum(table.num_rows for table in tables), config.group_rows
-    stride = stride_of((table.record_bytes for table in tables), config)
-    trace = in_groups(trace, size)
-    begin = _sampled(beginning_of(config, num_rows), rate)
-    host = level_of("host", config.host, begin.options, stride, num_rows, size)
-    if config.device is None:
-        _begin({"host": host}, begin)
+    """`simulate_tiers`, and misses by group. rate: of the sample that the trace is, of which the tiers have so much less."""
+    device, host, stride, most = levels_of(config, tables, rate=rate)
+    trace = in_groups(trace, config.group_rows)
+    if device is None:
         missed = replay_groups(host, trace.rows, trace.offsets, groups)
-        return [_counts("host", host, stride * size)], ByGroup(missed, missed)
-    device = level_of("device", config.device, begin.options, stride, num_rows, size)
-    _begin({"device": device, "host": host}, begin)
-    most = most_rising(config.device, stride, size)
+        return [_counts("host", host, stride)], ByGroup(missed, missed)
     missed, found = np.zeros((2, len(groups.names)), np.int64)
     for rows in trace.batches():
         plan = StackPlan(rows.size, above=True)
@@ -85,23 +106,19 @@ def simulate_groups(
             host.release(plan.below)
         if on_batch is not None:
             on_batch()
-    return [_counts("device", device, stride * size), _counts("host", host, stride * size)], ByGroup(missed, missed + found)
+    return [_counts("device", device, stride), _counts("host", host, stride)], ByGroup(missed, missed + found)
 
 
 def _sampled(begin: Beginning, rate: float) -> Beginning:
     """What tiers of a sample of all rows begin with."""
     if rate == 1:
         return begin
-    limit = round(rate * 2**32)
+    limit = limit_of(rate)
     options = {
         name: {key: value[choose(value, limit)] if key == "hot_rows" else value for key, value in each.items()}
         for name, each in begin.options.items()
     }
     return Beginning(options, {name: rows[choose(rows, limit)] for name, rows in begin.hot_sets.items()})
-
-
-def _begin(levels: dict[str, Level], begin: Beginning) -> None:
-    hot.release(levels, hot.admit(levels, begin.hot_sets))
 
 
 def _counts(tier: str, level: Level, stride: int) -> TierCounts:

@@ -179,12 +179,9 @@ def _tier_curve(
         wanted = {**tiers, tier: slots}
         update: dict[str, Any] = {}
         for name, number in wanted.items():
-            update[name] = getattr(config, name).model_copy(update={"capacity": part.sampled.slots(number) * stride})
-        if "device" in update:
-            risen = max(1, round(part.sampled.rate * update["device"].promotion / stride))
-            update["device"] = update["device"].model_copy(update={"promotion": risen * stride})
-        scaled = config.model_copy(update=update)
-        found, _ = simulate_groups(scaled, tables, part.trace, everything("all"), rate=part.sampled.rate)
+            update[name] = getattr(config, name).model_copy(update={"capacity": number * stride})
+        sized, rate = config.model_copy(update=update), part.sampled.rate
+        found, _ = simulate_groups(sized, tables, part.trace, everything("all"), rate=rate)
         hits = sum(each.counts.hits for each in found) if shared else found[0].counts.hits
         accesses = found[0].counts.accesses
         rates.append(part.sampled.adjusted(Counts(accesses, hits, accesses - hits)).hit_rate)

@@ -134,6 +134,19 @@ def plan_reads(
 
 
 @jit
+def count_reads(layout: Any, files: Any, rows: Any, alignment: int, slot_bytes: int) -> tuple[int, int]:
+    """(requests, their bytes) that `plan_reads` would make of rows (int64[n], of the table). Copies nothing."""
+    num_fields = layout.fields.size - 1
+    located = np.empty((rows.size * num_fields, PIECE_COLUMNS), np.int64)
+    at = np.empty(rows.size * num_fields, np.int64)
+    bare = Layout(layout.extents, layout.fields, layout.resident[:0])
+    _locate(bare, rows, np.zeros(rows.size, np.int32), Targets(0, 0, 0, 0, 0, 0), located, at)
+    reads = np.zeros((at.size, READ_COLUMNS), np.int64)
+    num_reads = _merge(at, located, files, alignment, slot_bytes, np.empty_like(located), reads)
+    return num_reads, reads[:num_reads, LENGTH].sum()
+
+
+@jit
 def addresses(layout: Any, rows: Any, out: Any) -> None:
     """AT of the first field of each row: int64[n] to int64[n]."""
     for i in range(rows.size):
