@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from fake_device import FakeDevice
 from golden_policies import zipf_trace
 from hypothesis import settings
@@ -20,6 +21,8 @@ from stores import open_with
 
 from tiercache import ClosedError, ConfigError, Store
 from tiercache.engram.demo import demo_hashers
+from tiercache.engram.embedding import TieredEmbedding
+from tiercache.engram.lookup import EngramState, begun, expect, look_up
 from tiercache.lab.ahead import replay_ahead, windows
 from tiercache.lab.bounds import bounds, uses_of
 from tiercache.lab.simulator import simulate
@@ -287,6 +290,23 @@ def test_other_policies_say_that_they_do_not_look_ahead(policy):
         with pytest.raises(ConfigError, match=f"host.policy = '{policy}': does not look ahead.*'gittins'"):
             store.expect([1, 2])
         assert np.array_equal(store.fetch([1, 2], raw=True).numpy(), records[[1, 2]])
+
+
+def test_an_engram_expects_the_rows_that_its_lookups_ask_for():
+    hasher = demo_hashers(vocabulary=SHIPPED_VOCABULARY, table_vocabularies=(50,) * 2)[0]
+    records = oracle(np.arange(hasher.num_rows), 16)
+    ids = torch.from_numpy(load_tokens().tokens[:24].reshape(2, 12))
+    with Store.open({"host": {"capacity": 100 * 16}}, tables={"t": records}) as store:
+        table = TieredEmbedding(store)
+        state = EngramState(begun(hasher, 2, ids.device), None)
+        expectation = expect(hasher, table, ids, state)
+        assert expectation.left == ids.numel() * hasher.num_heads
+        for token in range(12):
+            rows = look_up(hasher, table, ids[:, token : token + 1], state, None)
+            assert expectation.left == (11 - token) * rows.numel()
+            assert table(rows).shape[:3] == rows.shape
+        store.check()
+    assert expect(hasher, torch.nn.Embedding(hasher.num_rows, 8), ids, state) is None
 
 
 # a store that expects
