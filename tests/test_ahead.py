@@ -42,17 +42,26 @@ class ExpectedModel:
 
     def __init__(self, room):
         self.room, self.number = room, 0
-        self.by_row, self.lanes, self.lead = {}, {}, Counter()
+        self.by_row, self.lanes, self.lead, self.lag, self.met = {}, {}, Counter(), Counter(), {}
+        self.turn = e.TURN
 
-    def announce(self, lane, row, now, every):
+    def announce(self, lane, row, now, accesses):
+        """accesses: that one use of a lane takes, if that lane is alone."""
         if sum(map(len, self.lanes.values())) == self.room:
             return
-        due = now + 1 + int(self.left(lane) * every)
+        if not self.left(lane):
+            self.met[lane] = now
+        lead = (self.left(lane) + 1) * e.TURN
         self.number += 1
-        use = [due, self.number, row, lane, True]
+        use = [self.turn + lead, self.number, row, lane, True]
         insort(self.by_row.setdefault(row, []), use)
         self.lanes.setdefault(lane, []).append(use)
-        self.lead[lane] = max(self.lead[lane], due - now)
+        if lead > self.lead[lane]:
+            self.lead[lane] = lead
+            self.lag[lane] = max(self.lag[lane], int(self.left(lane) * (self.active() * accesses)))
+
+    def active(self):
+        return sum(self.left(lane) > 0 for lane in self.lanes)
 
     def end(self, use):
         use[4] = False
@@ -61,10 +70,12 @@ class ExpectedModel:
         while lane and not lane[0][4]:
             lane.pop(0)
         if not lane:
-            self.lead[use[3]] = 0
+            self.lead[use[3]] = self.lag[use[3]] = 0
 
-    def meet(self, row):
+    def meet(self, row, now):
         if self.by_row.get(row):
+            self.turn += e.TURN // self.active()
+            self.met[self.by_row[row][0][3]] = now
             self.end(self.by_row[row][0])
 
     def cancel(self, lane):
@@ -72,8 +83,10 @@ class ExpectedModel:
             self.end(use)
 
     def overdue(self, lane, now, patience):
-        if self.lanes.get(lane) and self.lanes[lane][0][0] < now - max(patience, self.lead[lane]):
-            self.end(self.lanes[lane][0])
+        if self.lanes.get(lane):
+            late = self.lanes[lane][0][0] < self.turn - self.lead[lane]
+            if late or now - self.met[lane] > max(patience, self.lag[lane]):
+                self.end(self.lanes[lane][0])
 
     def left(self, lane):
         return sum(use[4] for use in self.lanes.get(lane, []))
@@ -92,27 +105,27 @@ class ExpectedMachine(RuleBasedStateMachine):
     def begin(self, room):
         self.book, self.model, self.now = e.new_expected(room), ExpectedModel(room), 0
 
-    @rule(lane=lanes, rows=st.lists(rows, max_size=10), every=st.sampled_from([0.0, 1.0, 2.5]))
-    def announce(self, lane, rows, every):
+    @rule(lane=lanes, rows=st.lists(rows, max_size=10))
+    def announce(self, lane, rows):
         for row in rows:
             before = self.model.first_due(row)
-            self.model.announce(lane, row, self.now, every)
-            due = e.announce(self.book, lane, row, self.now, every)
+            self.model.announce(lane, row, self.now, self.book.book[e._TIME] / self.book.book[e._MET])
+            due = e.announce(self.book, lane, row, self.now)
             after = self.model.first_due(row)
             assert due == (after if after != before else e.NO_DUE)
 
     @rule(row=rows, passed=st.integers(1, 5))
     def meet(self, row, passed):
         known = self.model.first_due(row) != e.NO_DUE
-        self.model.meet(row)
-        assert e.meet(self.book, row) == (self.model.first_due(row) if known else e.NONE)
+        self.model.meet(row, self.now)
+        assert e.meet(self.book, row, self.now) == (self.model.first_due(row) if known else e.NONE)
         self.now += passed
         e.count_asked(self.book, passed, self.now)
 
     @rule(lane=lanes)
     def cancel(self, lane):
         self.model.cancel(lane)
-        while e.give_up(self.book, lane, e.EVER) != e.DONE:
+        while e.give_up(self.book, lane) != e.DONE:
             pass
 
     @rule(patience=st.sampled_from([0, 10]), passed=st.integers(0, 30))
@@ -127,6 +140,7 @@ class ExpectedMachine(RuleBasedStateMachine):
     def equal(self):
         e.check(self.book)
         assert [e.first_due(self.book, row) for row in range(8)] == [self.model.first_due(row) for row in range(8)]
+        assert self.book.book[e.NOW_TURN] == self.model.turn
         assert [int(self.book.lanes["left"][lane]) for lane in range(4)] == [self.model.left(lane) for lane in range(4)]
 
 

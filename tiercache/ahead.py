@@ -22,12 +22,11 @@ def announce_batch(slots: Any, table: Any, state: Any, rows: Any, lane: int) -> 
     keys = slots["key"]
     before = state.expected.book[e.LEFT]
     e.begin_measuring(state.expected, now)
-    every = e.pace(state.expected, lane)
     for i in range(rows.size):
         if i + _NEAR < rows.size:
             e.ask_for(state.expected, rows[i + _NEAR])
             prefetch(index.address(table, rows[i + _NEAR]))
-        due = e.announce(state.expected, lane, rows[i], now, every)
+        due = e.announce(state.expected, lane, rows[i], now)
         if due != e.NO_DUE:
             _note(keys, table, state, rows[i], due)
     kept = state.expected.book[e.LEFT] - before
@@ -44,7 +43,7 @@ def ask_batch(slots: Any, table: Any, state: Any, rows: Any) -> None:
         if i + _NEAR < rows.size:
             e.ask_for(state.expected, rows[i + _NEAR])
             prefetch(index.address(table, rows[i + _NEAR]))
-        due = e.meet(state.expected, rows[i])
+        due = e.meet(state.expected, rows[i], now)
         if due != e.NONE:
             _note(keys, table, state, rows[i], due)
     e.count_asked(state.expected, rows.size, now)
@@ -56,7 +55,7 @@ def cancel_lane(slots: Any, table: Any, state: Any, lane: int) -> None:
     """Nothing of a lane is expected any more."""
     row = int64(e.NO_ROW)
     while row != e.DONE:
-        row = e.give_up(state.expected, lane, e.EVER)
+        row = e.give_up(state.expected, lane)
         if row >= 0:
             _note(slots["key"], table, state, row, e.first_due(state.expected, row))
 

@@ -1,15 +1,16 @@
 """What will be asked for: uses of rows that callers have announced, by row and by lane, in arrays.
 
-A *lane* is what one caller announces: uses in the order in which they will come. Lanes come in turns with one another, and with
-what nobody announced; so a use's time is an estimate: so many uses of its lane before it, times what the others take in
-between, which is measured. A row's uses lie in a list in order of time, which begins with the next one; a lane's lie in a
-list in the order in which they were announced.
+A *lane* is what one caller announces: uses in the order in which they will come. Lanes come in turns with one another, and
+with what nobody announced. So a use is due at a *turn*: the turns until then are the uses of its lane before it, and a turn
+has passed when as many uses have come as lanes have some left. However many lanes come and go, what was noted stays right, as
+in fair queueing. How many accesses of the tier a turn takes is measured. A row's uses lie in a list in order of turns, which
+begins with the next one; a lane's lie in a list in the order in which they were announced.
 
 A use is over when its row is asked for: the soonest of the row's, whichever lane announced it. It is given up when its lane is
-cancelled, or when it is overdue for longer than any of its lane was announced ahead, and than the tier has slots. What is
-announced where there is no room is not kept.
+cancelled, when it is overdue by more turns than its lane ever announced ahead, or when its lane has not met a use for longer
+than that took, and than the tier has slots. What is announced where there is no room is not kept.
 
-Time runs in accesses of the tier, as its policy counts them.
+Times are accesses of the tier, as its policy counts them.
 """
 
 from typing import Any, NamedTuple
@@ -17,12 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import int64, lean, prefetch
+from tiercache.native import inlined, int64, lean, prefetch
 from tiercache.policies.keyset import mix
 
 NONE = -1
 NO_DUE = 0
-"""Time of the next use of a row that nobody announced."""
+"""Turn of the next use of a row that nobody announced."""
+TURN = 1 << 20
+"""A turn, of which the turns so far are counted in fractions."""
 
 MAX_LANES = 4096
 _ROOM = 1 << 21
@@ -36,10 +39,10 @@ _ROW = np.dtype([("row", "i8"), ("chain", "i4"), ("first", "i4"), ("last", "i4")
 _USE = np.dtype(
     [("due", "i8"), ("entry", "i4"), ("before", "i4"), ("after", "i4"), ("lane", "i4"), ("next", "i4"), ("unused", "i4")]
 )
-_LANE = np.dtype([("first", "i4"), ("last", "i4"), ("left", "i8"), ("lead", "i8")])
+_LANE = np.dtype([("first", "i4"), ("last", "i4"), ("left", "i8"), ("lead", "i8"), ("lag", "i8"), ("met", "i8")])
 
 _FREE_USE, _USED, _FREE_ROW, _ROWS, _HAND = range(5)
-LEFT, _LANES, _ASKED, _MET, _TIME, _AHEAD, _NOW = range(5, 12)
+LEFT, _LANES, _ASKED, _MET, _TIME, _AHEAD, _NOW, NOW_TURN = range(5, 13)
 
 
 class Expected(NamedTuple):
@@ -49,11 +52,12 @@ class Expected(NamedTuple):
     rows   ROW[n]    by entry: its row, the bucket's next entry, the row's first and last use; -1 for none
     uses   USE[n]    by use: when it is due, its row's entry or -1 if it is over, the uses before and after it of this row, its
                      lane, and the lane's next use
-    lanes  LANE[m]   first and last use, uses that are not over, and the longest that one was announced ahead
-    book   int64[12] free uses, as a list through `next`; uses handed out so far; the same of entries; the lane to look at for
+    lanes  LANE[m]   first and last use, uses that are not over, the most that one was announced ahead, in turns and in
+                     accesses, and when it last met one
+    book   int64[13] free uses, as a list through `next`; uses handed out so far; the same of entries; the lane to look at for
                      what is overdue; uses that are not over; lanes that have some; and, counting half after a while: rows
                      asked for, those of them that were announced, accesses meanwhile, uses ahead, summed over the rows asked
-                     for; and when that was last brought up to date
+                     for; when that was last brought up to date; turns so far
     """
 
     heads: npt.NDArray[np.int32]
@@ -67,7 +71,8 @@ def new_expected(room: int = _ROOM) -> Expected:
     """Nothing announced. 60 bytes a use, of which the system gives memory as they are first used."""
     lanes = np.zeros(MAX_LANES, _LANE)
     lanes["first"] = lanes["last"] = NONE
-    book = np.zeros(12, np.int64)
+    book = np.zeros(13, np.int64)
+    book[NOW_TURN] = TURN
     book[[_FREE_USE, _FREE_ROW]] = NONE
     book[[_ASKED, _MET, _TIME]] = 256
     return Expected(np.zeros(room, np.int32), np.zeros(room, _ROW), np.zeros(room, _USE), lanes, book)
@@ -81,29 +86,33 @@ def ask_for(expected: Expected, row: int) -> None:
 
 @lean
 def first_due(expected: Expected, row: int) -> int:
-    """When a row is used next, or NO_DUE."""
+    """The turn at which a row is used next, or NO_DUE."""
     entry = _find(expected, row)
     if entry == NONE:
         return int64(NO_DUE)
     return int64(expected.uses["due"][expected.rows["first"][entry]])
 
 
-@lean
-def pace(expected: Expected, lane: int) -> float:
-    """Accesses between two uses of a lane: its turn comes after the other lanes', and what nobody announced comes between."""
+@inlined
+def pace(expected: Expected) -> float:
+    """Accesses of the tier in a turn."""
     book = expected.book
-    lanes = book[_LANES] + (expected.lanes["left"][lane] == 0)
-    return lanes * (float(book[_TIME]) / float(book[_MET]))
+    return max(book[_LANES], 1) * (float(book[_TIME]) / float(book[_MET]))
 
 
 @lean
-def announce(expected: Expected, lane: int, row: int, now: int, every: float) -> int:
+def announce(expected: Expected, lane: int, row: int, now: int) -> int:
     """Add a use behind a lane's others. When it is due, if it is its row's next one now; else NO_DUE."""
     uses, rows, lanes, book = expected.uses, expected.rows, expected.lanes, expected.book
     use = _new_use(expected)
     if use == NONE:
         return int64(NO_DUE)
-    due = now + 1 + int64(lanes["left"][lane] * every)
+    if lanes["left"][lane] == 0:
+        book[_LANES] += 1
+        lanes["met"][lane] = now
+    lanes["left"][lane] += 1
+    lead = lanes["left"][lane] * TURN
+    due = book[NOW_TURN] + lead
     entry = _find(expected, row)
     if entry == NONE:
         entry = _new_row(expected, row)
@@ -116,24 +125,27 @@ def announce(expected: Expected, lane: int, row: int, now: int, every: float) ->
     else:
         uses["next"][lanes["last"][lane]] = use
     lanes["last"][lane] = use
-    lanes["lead"][lane] = max(lanes["lead"][lane], due - now)
-    book[_LANES] += lanes["left"][lane] == 0
-    lanes["left"][lane] += 1
+    if lead > lanes["lead"][lane]:
+        lanes["lead"][lane] = lead
+        lanes["lag"][lane] = max(lanes["lag"][lane], int64(lanes["left"][lane] * pace(expected)))
     book[LEFT] += 1
     _link(expected, entry, use, due)
     return due if rows["first"][entry] == use else int64(NO_DUE)
 
 
 @lean
-def meet(expected: Expected, row: int) -> int:
+def meet(expected: Expected, row: int, now: int) -> int:
     """A row is asked for: its next use is over. When the one behind it is due, or NO_DUE; NONE if nobody announced this one."""
     entry = _find(expected, row)
     if entry == NONE:
         return int64(NONE)
-    use = int64(expected.rows["first"][entry])
-    expected.book[_MET] += 1
+    use, book = int64(expected.rows["first"][entry]), expected.book
+    lane = int64(expected.uses["lane"][use])
+    book[_MET] += 1
+    book[NOW_TURN] += TURN // int64(book[_LANES])
+    expected.lanes["met"][lane] = now
     due = _end(expected, use)
-    _trim(expected, int64(expected.uses["lane"][use]))
+    _trim(expected, lane)
     return due
 
 
@@ -169,14 +181,15 @@ def horizon(expected: Expected) -> tuple[int, float]:
         return int64(0), 0.0
     asked, met = float(book[_ASKED]), float(book[_MET])
     mean = float(book[_AHEAD]) / asked * float(book[_TIME]) / met
-    return longest, min(mean / longest, 1.0) * min(met / asked, 1.0)
+    accesses = max(int64(longest / TURN * pace(expected)), 1)
+    return accesses, min(mean / accesses, 1.0) * min(met / asked, 1.0)
 
 
 @lean
-def give_up(expected: Expected, lane: int, before: int) -> int:
-    """Give up a lane's first use, if it is due before this time. The row if that was its next use, else NO_ROW; DONE if not."""
+def give_up(expected: Expected, lane: int) -> int:
+    """Give up a lane's first use. The row if that was its next use, else NO_ROW; DONE if the lane has none."""
     use = int64(expected.lanes["first"][lane])
-    if use == NONE or expected.uses["due"][use] >= before:
+    if use == NONE:
         return int64(DONE)
     entry = int64(expected.uses["entry"][use])
     row, was_first = int64(expected.rows["row"][entry]), expected.rows["first"][entry] == use
@@ -186,18 +199,20 @@ def give_up(expected: Expected, lane: int, before: int) -> int:
 
 
 NO_ROW, DONE = -1, -2
-EVER = 1 << 62
 
 
 @lean
 def next_overdue(expected: Expected, now: int, patience: int) -> int:
     """Look at one lane. Give up its first use if that is overdue; as `give_up`."""
-    book = expected.book
+    lanes, book = expected.lanes, expected.book
     lane = int64(book[_HAND])
-    row = give_up(expected, lane, now - max(patience, int64(expected.lanes["lead"][lane])))
-    if row == DONE:
-        book[_HAND] = (lane + 1) & (MAX_LANES - 1)
-    return row
+    use = int64(lanes["first"][lane])
+    if use != NONE:
+        late = expected.uses["due"][use] < book[NOW_TURN] - lanes["lead"][lane]
+        if late or now - lanes["met"][lane] > max(patience, int64(lanes["lag"][lane])):
+            return give_up(expected, lane)
+    book[_HAND] = (lane + 1) & (MAX_LANES - 1)
+    return int64(DONE)
 
 
 @lean
@@ -262,6 +277,7 @@ def _trim(expected: Expected, lane: int) -> None:
     if use == NONE:
         lanes["last"][lane] = NONE
         lanes["lead"][lane] = 0
+        lanes["lag"][lane] = 0
 
 
 @lean

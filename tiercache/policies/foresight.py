@@ -22,16 +22,18 @@ import numpy.typing as npt
 from tiercache.native import inlined, int64, lean
 from tiercache.policies import expected, gittins
 from tiercache.policies.base import EMPTY, Policy, bind
-from tiercache.policies.expected import NO_DUE
+from tiercache.policies.expected import NO_DUE, NOW_TURN, TURN
 
 _CLASSES = gittins._CLASSES
 _NUM_AGES = gittins._NUM_AGES
+_SOON = 1 / 4096
+"""Turns; what is due sooner is due now."""
 
 State: Any = namedtuple("State", [*gittins.State._fields, "expected", "due", "patient", "judged"])
 """A state of gittins, its arrays shared, and
 
     expected  Expected              what was announced
-    due       int64[capacity]       when each slot's row is used next, or NO_DUE
+    due       int64[capacity]       the turn at which each slot's row is used next, or NO_DUE
     patient   int32[classes, 64]    index of a row that nobody announced, scaled
     judged    int64[1]              the class whose index that is comes next
 """
@@ -72,7 +74,7 @@ def _worth_of(state: Any, slot: int, now: int) -> int:
     """What keeping a slot is worth."""
     due = int64(state.due[slot])
     if due != NO_DUE:
-        return _certain(state, due, now)
+        return _certain(state, due)
     word = int64(state.words[slot])
     age = ((now >> state.book[gittins._SHIFT]) - (word >> 6)) & (gittins._TURN - 1)
     return int64(state.patient[word & 63, state.age_of[age]])
@@ -82,13 +84,14 @@ def _worth_of(state: Any, slot: int, now: int) -> int:
 def _least_of(state: Any, key: int, group: int, now: int) -> int:
     """What letting a key in is worth; where nothing is worth less, it is kept out."""
     due = int64(expected.first_due(state.expected, key))
-    return 1 + (_certain(state, due, now) if due != NO_DUE else int64(state.patient[group, 0]))
+    return 1 + (_certain(state, due) if due != NO_DUE else int64(state.patient[group, 0]))
 
 
 @inlined
-def _certain(state: Any, due: int, now: int) -> int:
+def _certain(state: Any, due: int) -> int:
     """One hit in so long; what is overdue is worth the less the longer it is."""
-    return int64(gittins._SCALE * (1 << state.book[gittins._SHIFT]) / max(abs(due - now), 1))
+    turns = max(float(abs(due - state.expected.book[NOW_TURN])) / TURN, _SOON)
+    return int64(gittins._SCALE * (1 << state.book[gittins._SHIFT]) / (turns * expected.pace(state.expected)))
 
 
 @lean
