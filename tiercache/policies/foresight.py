@@ -29,7 +29,8 @@ _NUM_AGES = gittins._NUM_AGES
 _SOON = 1 / 4096
 """Turns; what is due sooner is due now."""
 
-State: Any = namedtuple("State", [*gittins.State._fields, "expected", "due", "patient", "judged"])
+_named: Any = namedtuple
+State = _named("State", [*gittins.State._fields, "expected", "due", "patient", "judged"])
 """A state of gittins, its arrays shared, and
 
     expected  Expected              what was announced
