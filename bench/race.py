@@ -27,7 +27,7 @@ from tiercache.policies import DEFAULT
 PEERS = ("S3FIFO", "ARC", "GDSF", "TwoQ", "SLRU", "Clock2QPlus", "LIRS", "WTinyLFU", "LRU")
 BOUND = "Belady"
 SHARES = (0.01, 0.05, 0.10)
-_FORMS = {"demo": (646_400,) * 2, "V4.1": (16_000_000,) * 3}
+FORMS = {"demo": (646_400,) * 2, "V4.1": (16_000_000,) * 3}
 
 
 def main() -> None:
@@ -61,15 +61,15 @@ def main() -> None:
 
 def _traces(arguments: argparse.Namespace) -> Iterator[tuple[str, Rows]]:
     stream = load_tokens(arguments.trace)
-    for form, sizes in _FORMS.items():
+    for form, sizes in FORMS.items():
         hasher = demo_hashers(vocabulary=SHIPPED_VOCABULARY, table_vocabularies=sizes)[0]
         num_tokens = -(-arguments.accesses // hasher.num_heads)
         rows = hasher.rows(stream.tokens, stream.documents)
         yield f"{form}, in order", rows[:num_tokens].reshape(-1)[: arguments.accesses]
-        yield f"{form}, 64 in turns", rows[_turns(stream, 64, num_tokens)].reshape(-1)[: arguments.accesses]
+        yield f"{form}, 64 in turns", rows[turns(stream, 64, num_tokens)].reshape(-1)[: arguments.accesses]
 
 
-def _turns(stream: TokenStream, sequences: int, num_tokens: int) -> Rows:
+def turns(stream: TokenStream, sequences: int, num_tokens: int) -> Rows:
     """Positions of tokens: one of each of so many documents in turn; a finished one makes room for the next."""
     ends = np.cumsum(stream.documents)
     waiting = [range(int(end - length), int(end)) for length, end in zip(stream.documents, ends, strict=True)][::-1]

@@ -2,6 +2,7 @@
 
 from tiercache.config import HostConfig, StorageConfig, StoreConfig, TableConfig, TraceConfig
 from tiercache.errors import ClosedError, ConfigError, FormatError, StorageError, TierCacheError
+from tiercache.expectation import Expectation
 from tiercache.flight import Ticket
 from tiercache.op import as_operator
 from tiercache.recording.reader import DamagedRecording, Recording
@@ -18,6 +19,7 @@ __all__ = [
     "ConfigError",
     "CurvePoint",
     "DamagedRecording",
+    "Expectation",
     "Field",
     "FormatError",
     "HostConfig",

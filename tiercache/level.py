@@ -16,9 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache import index
+from tiercache.ahead import announce_batch, ask_batch, cancel_lane
 from tiercache.curve import FIRST_NOTE, NOTED, NOTES_DUE, Curve, note_rows
 from tiercache.native import int64, lean, prefetch
+from tiercache.policies import LOOK_AHEAD
 from tiercache.policies.base import BYPASS, EMPTY, Policy, ask, ask_miss, on_hit, on_miss
+from tiercache.policies.expected import LEFT
 from tiercache.tap import TAPS, fill
 
 SLOT = np.dtype([("key", "i8"), ("stamp", "i4"), ("pins", "i2"), ("pending", "i1"), ("mark", "u1")])
@@ -128,6 +131,42 @@ class Level:
         """Keep a curve of what is asked of the level from now on."""
         self.curve = curve
         self.counters = curve.counters(self.counters)
+
+    def look_ahead(self, room: int | None = None) -> None:
+        """From now on rows may be announced. room: uses kept at most. ValueError if the policy makes no use of them."""
+        if self.foresees:
+            return
+        if self.policy.name not in LOOK_AHEAD:
+            raise ValueError(f"policy {self.policy.name!r} does not look ahead; allowed is {', '.join(LOOK_AHEAD)}")
+        self.policy, begin = LOOK_AHEAD[self.policy.name]
+        self.state = begin(self.state, room)
+
+    @property
+    def foresees(self) -> bool:
+        """Whether rows may be announced."""
+        return "expected" in self.state._fields
+
+    @property
+    def num_expected(self) -> int:
+        """Uses that were announced and have not come."""
+        return int(self.state.expected.book[LEFT]) if self.foresees else 0
+
+    def num_left(self, lane: int) -> int:
+        """Uses of a lane that have not come."""
+        return int(self.state.expected.lanes["left"][lane])
+
+    def announce(self, rows: npt.NDArray[np.int64], lane: int) -> int:
+        """Rows (int64[n]) are going to be used in this order, behind the others of a lane. How many there was room for."""
+        return int(announce_batch(self.slots, self.table, self.state, rows, lane))
+
+    def ask(self, rows: npt.NDArray[np.int64]) -> None:
+        """The next use of each position's row is over: rows (int64[n]) are planned next, by this level or one above it."""
+        if self.num_expected:
+            ask_batch(self.slots, self.table, self.state, rows)
+
+    def cancel(self, lane: int) -> None:
+        """What a lane announced is not going to come."""
+        cancel_lane(self.slots, self.table, self.state, lane)
 
     def plan(self, rows: npt.NDArray[np.int64], num_reads: int = 0) -> Plan:
         """Plan a batch. rows: int64[n], not negative, duplicates welcome. Changes the level; reads and writes no record.

@@ -23,6 +23,7 @@ from tiercache import hot, warm
 from tiercache.assemble import beginning_of, level_of, most_rising, recorded_tables, stats_of, stride_of
 from tiercache.config import StoreConfig
 from tiercache.errors import ClosedError, ConfigError, StorageError
+from tiercache.expectation import Expectation, Lookout, require_foresight
 from tiercache.flight import Flight, Ticket
 from tiercache.graph import StaticFetch
 from tiercache.groups import Groups
@@ -79,6 +80,7 @@ class Store:
         self._read_ns = self._read_rows = 0
         self._flights: set[Flight] = set()
         self._abandoned: deque[Flight] = deque()
+        self._lookout: Lookout | None = None
         size = config.group_rows
         self._stride = stride_of((table.record.record_bytes for table in tables.values()), config)
         num_rows = sum(table.num_rows for table in tables.values())
@@ -230,7 +232,7 @@ class Store:
         self._require_here()
         try:
             with self._lock:
-                self._enter(flight)
+                self._enter(flight, rows)
                 reads, num_bytes = wanted.reader.num_reads, wanted.record.record_bytes
                 served = self._top.serve(flight.plan, rows, reads, records, num_bytes)
                 self._begin(flight, rows, served=served)
@@ -265,6 +267,23 @@ class Store:
         except BaseException:
             self._give_up(flight)
             raise
+
+    def expect(self, indices: Any, *, table: str | None = None) -> Expectation:
+        """Say which rows are going to be asked for, in this order, so that the host tier keeps and drops rows accordingly.
+
+        Reads nothing. For one sequence whose next tokens are known: a prompt, the rest of it, draft tokens. Sequences are taken
+        to advance in turns; `Expectation.extend` adds rows to one. A fetch or prefetch of a row is the use that was expected
+        soonest of it, whoever asks. Rows that are not asked for are given up when they are overdue for long, or by
+        `Expectation.cancel`. At most 2 million rows are expected at a time, about 60 bytes each; those beyond are not kept.
+
+        indices and table are as in `fetch`, and so are the errors; ConfigError where the host tier's policy is not gittins,
+        and with `group_rows`; RuntimeError where 4096 sequences expect rows. The first call of all takes up 8 bytes a slot; the first on a
+        machine compiles for some seconds.
+        """
+        wanted = self._table(table)
+        lane = self._expect(wanted, indices, None)
+        assert self._lookout is not None
+        return Expectation(self, wanted, lane, self._lookout.leave)
 
     def static_fetch(
         self,
@@ -457,11 +476,11 @@ class Store:
         """Plan a flight, which the store knows from now on."""
         self._require_here()
         with self._lock:
-            self._enter(flight)
+            self._enter(flight, rows)
             self._top.plan(flight.plan, rows, flight.table.reader.num_reads)
             self._begin(flight, rows)
 
-    def _enter(self, flight: Flight) -> None:
+    def _enter(self, flight: Flight, rows: npt.NDArray[np.int64]) -> None:
         """A flight begins, if the store serves and has room for it; the store knows it from now on. Under the lock."""
         self._require_open()
         if self._abandoned:
@@ -469,6 +488,34 @@ class Store:
         if len(self._flights) >= MAX_PINS:
             raise RuntimeError(f"{len(self._flights)} tickets are in flight; take, cancel or drop some")
         self._flights.add(flight)
+        if self._lookout is not None:
+            self._lookout.level.ask(rows)
+
+    def _expect(self, table: Table, indices: Any, lane: int | None) -> int:
+        """Announce rows of a table behind a lane's others: how many there was room for. Without a lane: a new one's number."""
+        rows, _ = rows_of(indices, table, self._top.torch_device)
+        self._require_rows("expect")
+        require_foresight(self._host.level)
+        self._require_here()
+        with self._lock:
+            self._require_open()
+            if self._lookout is None:
+                self._lookout = Lookout(self._host.level)
+            if lane is not None:
+                return self._lookout.level.announce(rows, lane)
+            lane = self._lookout.take()
+            self._lookout.level.announce(rows, lane)
+            return lane
+
+    def _left(self, lane: int) -> int:
+        """For `Expectation.left`."""
+        with self._lock:
+            return self._host.level.num_left(lane)
+
+    def _cancel(self, lane: int) -> None:
+        """For `Expectation.cancel`."""
+        with self._lock:
+            self._host.level.cancel(lane)
 
     def _begin(self, flight: Flight, rows: npt.NDArray[np.int64], *, served: bool = False) -> None:
         """A flight was planned: count it, and see which slots it waits for that other flights' reads fill. Under the lock."""

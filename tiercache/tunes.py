@@ -57,7 +57,7 @@ def run(what: replays.What, wanted: Wanted, path: Path, name: str | None, *, con
     _require_sense(wanted)
     config = StoreConfig.load(path)
     if config.group_rows > 1:
-        raise ConfigError(f"{path}: group_rows = {config.group_rows}: tune sizes tiers of single rows; allowed is group_rows = 1")
+        raise ConfigError(f"{path}: group_rows = {config.group_rows}: tune sizes tiers of rows; allowed is group_rows = 1")
     if wanted.hbm is not None and config.device is None:
         config = config.model_copy(update={"device": DeviceConfig()})
     machine = None if wanted.machine is None else Machine.load(wanted.machine)

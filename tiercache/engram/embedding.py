@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from tiercache.expectation import Expectation
 from tiercache.flight import Ticket
 from tiercache.op import as_operator
 from tiercache.records import DTYPES
@@ -70,6 +71,10 @@ class TieredEmbedding(nn.Module):
             self._pending.popleft()
         self._pending.append(ticket)
         return ticket
+
+    def expect(self, indices: torch.Tensor) -> Expectation:
+        """Say which rows the lookups to come ask for, in this order, and read nothing; as `Store.expect`."""
+        return self.store.expect(indices, table=self.table)
 
     def drop(self) -> None:
         """Cancel every prefetch that waits for its forward: what has not been read yet is not read."""

@@ -9,6 +9,7 @@ from torch import nn
 from tiercache.engram.embedding import TieredEmbedding
 from tiercache.engram.hasher import Hasher
 from tiercache.engram.window import ABSENT
+from tiercache.expectation import Expectation
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,16 @@ def look_up(
         table.prefetch(rows, deadline=deadline)
     move_on(state, tokens)
     return rows
+
+
+def expect(hasher: Hasher, table: nn.Module, ids: torch.Tensor, state: EngramState | None) -> Expectation | None:
+    """Say that `ids`, as of `look_up`, come next: token by token, of all texts of the batch. The state stays where it is.
+
+    None where the table is not in tiers. Errors: `rows_of`'s and those of `Store.expect`.
+    """
+    if not isinstance(table, TieredEmbedding):
+        return None
+    return table.expect(rows_of(hasher, ids, state)[0].transpose(0, 1))
 
 
 def rows_of(

@@ -46,7 +46,19 @@ from torch import nn
 from tiercache.engram.conv import ShortConv
 from tiercache.engram.embedding import TieredEmbedding
 from tiercache.engram.hasher import Hasher, Ids
-from tiercache.engram.lookup import EngramState, begun, check_hidden, check_state, check_table, embed, look_up, move_on, rows_of
+from tiercache.engram.lookup import (
+    EngramState,
+    begun,
+    check_hidden,
+    check_state,
+    check_table,
+    embed,
+    expect,
+    look_up,
+    move_on,
+    rows_of,
+)
+from tiercache.expectation import Expectation
 
 
 class MultiHeadEmbedding(nn.Module):
@@ -116,6 +128,14 @@ class Engram(nn.Module):
         """
         check_state(state, ids, self.hasher.context, self.value_proj.weight.dtype, self._conv)
         return look_up(self.hasher, self.table, ids, state, deadline)
+
+    def expect(self, ids: torch.Tensor, state: EngramState | None = None) -> Expectation | None:
+        """Say which tokens come next, as far as they are known, so that their rows are kept; reads nothing, moves no state.
+
+        ids, state: as of `prefetch`. What comes back may cancel it, see `Store.expect`; None where the table is not in tiers.
+        """
+        check_state(state, ids, self.hasher.context, self.value_proj.weight.dtype, self._conv)
+        return expect(self.hasher, self.table, ids, state)
 
     def drop(self) -> None:
         """Give up the prefetches whose forward is not going to come."""
@@ -191,6 +211,11 @@ class FusedEngram(nn.Module):
         """As `Engram.prefetch`."""
         check_state(state, ids, self.hasher.context, self.wkv.weight.dtype, None)
         return look_up(self.hasher, self.embed, ids, state, deadline)
+
+    def expect(self, ids: torch.Tensor, state: EngramState | None = None) -> Expectation | None:
+        """As `Engram.expect`."""
+        check_state(state, ids, self.hasher.context, self.wkv.weight.dtype, None)
+        return expect(self.hasher, self.embed, ids, state)
 
     def drop(self) -> None:
         """Give up the prefetches whose forward is not going to come."""

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numba.extending import overload
 
 from tiercache.native import inlined, int64, lean, prefetch
 from tiercache.policies.base import BYPASS, EMPTY, MAX_PINNED_VICTIMS, Policy, bind
@@ -201,7 +202,7 @@ def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     if slot < keys.size:
         state.book[_USED] += 1
     else:
-        slot = _victim(state, pins, now, int64(state.worth[group, 0]))
+        slot = _victim(state, pins, now, least_of(state, key, group, now), int64(state.worth[group, 0]))
         if slot < 0:
             _remember(state, key, uses, now)
             return int64(BYPASS)
@@ -242,40 +243,42 @@ def _patrol(state: State, now: int) -> None:
 
 
 @lean
-def _victim(state: State, pins: Any, now: int, newcomer: int) -> int:
-    """The slot to give up for a row of this index; BYPASS where the lowest is pinned and the others are worth more, or too many
-    are pinned."""
-    _, slot, _ = _look(state, pins, now, _LINES, False)
-    if pins[slot] <= 0:
+def _victim(state: State, pins: Any, now: int, least: int, newcomer: int) -> int:
+    """The slot to give up for a row of this index. BYPASS where none is worth less than `least`, where the lowest is pinned and
+    the others are worth more than the newcomer, or where too many are pinned."""
+    _, slot, _ = _look(state, pins, now, _LINES, False, least)
+    if slot < 0 or pins[slot] <= 0:
         return slot
+    if least == _NEVER:
+        least = newcomer + 1
     patience = MAX_PINNED_VICTIMS
     while patience > 0:
-        met, slot, lowest = _look(state, pins, now, 1, True)
+        met, slot, lowest = _look(state, pins, now, 1, True, int64(_NEVER))
         if slot >= 0:
-            return slot if lowest <= newcomer else int64(BYPASS)
+            return slot if lowest < least else int64(BYPASS)
         patience -= met
     return int64(BYPASS)
 
 
 @lean
-def _look(state: State, pins: Any, now: int, lines: int, careful: bool) -> tuple[int, int, int]:
-    """Draw neighbourhoods: (pinned slots met, slot of the lowest index or -1, its index). Looks at pins only if careful."""
-    words, worth, age_of = state.words, state.worth, state.age_of
-    capacity, time = words.size, now >> state.book[_SHIFT]
+def _look(state: State, pins: Any, now: int, lines: int, careful: bool, least: int) -> tuple[int, int, int]:
+    """Draw neighbourhoods: (pinned slots met, slot of the lowest index below `least` or -1, its index). Looks at pins only if
+    careful."""
+    words = state.words
+    capacity = words.size
     num_lines = (capacity + _LINE - 1) // _LINE
     draw = int64(state.book[_DRAWS])
     state.book[_DRAWS] = draw + lines
     for ahead in range(draw + lines, draw + 2 * lines):
         prefetch(words.ctypes.data + 2 * _LINE * ((mix(ahead) * num_lines) >> 32))
-    lowest, best, met = int64(_NEVER), int64(-1), int64(0)
+    lowest, best, met = int64(least), int64(-1), int64(0)
     for number in range(draw, draw + lines):
         begin = ((mix(number) * num_lines) >> 32) * _LINE
         for slot in range(begin, min(begin + _LINE, capacity)):
             if careful and pins[slot] > 0:
                 met += 1
                 continue
-            word = int64(words[slot])
-            value = int64(worth[word & 63, age_of[(time - (word >> 6)) & (_TURN - 1)]])
+            value = int64(worth_of(state, slot, now))
             if value < lowest:
                 lowest, best = value, int64(slot)
     return met, best, lowest
@@ -291,6 +294,42 @@ def _ghosts_at(state: State, key: int) -> int:
 def _line_of(state: State, key: int) -> int:
     """The line of ghosts of a key."""
     return (mix(key) * state.ghosts.shape[0]) >> 32
+
+
+def worth_of(state: Any, slot: int, now: int) -> int:
+    """What keeping a slot's row is worth: its index, unless the state's type knows better."""
+    return int(type(state).worth_of(state, slot, now))
+
+
+def least_of(state: Any, key: int, group: int, now: int) -> int:
+    """What a slot has to be worth less than, to be given up for a key that is of this class now."""
+    return int(type(state).least_of(state, key, group, now))
+
+
+@overload(worth_of, jit_options={"forceinline": True})
+def _worth_of(state, slot, now):  # type: ignore[no-untyped-def]
+    function = state.instance_class.worth_of
+    return lambda state, slot, now: function(state, slot, now)
+
+
+@overload(least_of)
+def _least_of(state, key, group, now):  # type: ignore[no-untyped-def]
+    function = state.instance_class.least_of
+    return lambda state, key, group, now: function(state, key, group, now)
+
+
+@inlined
+def _index(state: State, slot: int, now: int) -> int:
+    """The index of the slot's class at its age."""
+    word = int64(state.words[slot])
+    age = ((now >> state.book[_SHIFT]) - (word >> 6)) & (_TURN - 1)
+    return int64(state.worth[word & 63, state.age_of[age]])
+
+
+@inlined
+def _anything(state: State, key: int, group: int, now: int) -> int:
+    """Whoever comes is let in."""
+    return int64(_NEVER)
 
 
 @lean
@@ -408,4 +447,6 @@ def check(state: State, keys: npt.NDArray[np.int64]) -> None:
 
 
 bind(State, on_hit=on_hit, on_miss=on_miss, ask=ask, ask_miss=ask_miss)
+for _name, _function in (("worth_of", _index), ("least_of", _anything)):
+    setattr(State, _name, staticmethod(_function))
 POLICY = Policy("gittins", init, check)
