@@ -277,8 +277,8 @@ class Store:
         `Expectation.cancel`. At most 2 million rows are expected at a time, about 60 bytes each; those beyond are not kept.
 
         indices and table are as in `fetch`, and so are the errors; ConfigError where the host tier's policy is not gittins,
-        and with `group_rows`; RuntimeError where 4096 sequences expect rows. The first call of all takes up 8 bytes a slot; the first on a
-        machine compiles for some seconds.
+        and with `group_rows`; RuntimeError where 4096 sequences expect rows. The first call of all takes up 8 bytes a slot;
+        the first on a machine compiles for some seconds.
         """
         wanted = self._table(table)
         lane = self._expect(wanted, indices, None)
