@@ -2,9 +2,12 @@
 
 The table lies on disk, ten times as large as the tier in host memory. Texts that nobody trained on are served as by a server
 that has many sequences at once: a prompt each, then token after token, each step's token from the text, so that all three
-compute the same. They take turns at every step, in changing order, so that what else the machine does hits all alike; each has
-its own caches and, where it has tiers, its own store. A step's rows are asked for when its tokens are known, never sooner.
-The models compute on one core and the stores' threads read on the others, as on a server, whose computing threads are bound:
+compute the same. A step's rows are asked for when its tokens are known, never sooner. Each has its own store, where it has
+tiers.
+
+What else the machine does is to hit all alike. They take turns at every step, in changing order. Where caches of keys and
+values lie in memory makes up to 2 % of a step: as all compute the same, the three exchange theirs after every step. And the
+models compute on one core while the stores' threads read on the others, as on a server, whose computing threads are bound:
 else the kernel may let a thread that a disk wakes take a model's core away, for half a millisecond a step.
 """
 
@@ -127,7 +130,7 @@ def _round(
     prompt, chunk = traffic.prompt, traffic.chunk
     places = [*range(0, prompt, chunk), *range(prompt, tokens.shape[1] - 1)]
     orders = list(permutations(KINDS))
-    caches = {kind: Cache(model, len(tokens), tokens.shape[1]) for kind, model in models.items()}
+    caches = [Cache(model, len(tokens), tokens.shape[1]) for model in models.values()]
     for step, place in enumerate(places):
         piece = tokens[:, place : place + (chunk if place < prompt else 1)]
         logits = {}
@@ -135,8 +138,9 @@ def _round(
             model, served = models[kind], timed[kind]
             table = model.engram.table if model.engram else None
             before = table.counts() if isinstance(table, Clocked) else (0, 0)
+            cache = caches[(KINDS.index(kind) + step) % len(caches)]
             began, began_cpu = time.perf_counter(), time.thread_time()
-            logits[kind] = model(piece, caches[kind], prefetch=kind != KINDS[2])
+            logits[kind] = model(piece, cache, prefetch=kind != KINDS[2])
             took, took_cpu = time.perf_counter() - began, time.thread_time() - began_cpu
             (served.prefill if place < prompt else served.decode).append(took)
             if place >= prompt:
