@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tiercache import hot
 from tiercache.assemble import Beginning, beginning_of, level_of, most_rising, stride_of
 from tiercache.config import StoreConfig
-from tiercache.lab.groups import Groups, everything, replay_groups
+from tiercache.lab.kinds import Kinds, everything, replay_kinds
 from tiercache.lab.sampling import choose, limit_of, scaled
 from tiercache.lab.simulator import Counts
 from tiercache.lab.trace import Trace, in_groups
@@ -32,8 +32,8 @@ class TierCounts(NamedTuple):
     counts: Counts
 
 
-class ByGroup(NamedTuple):
-    """Distinct rows of each group, int64[g] each: that no tier had, and that the device tier had not."""
+class ByKind(NamedTuple):
+    """Distinct rows of each kind, int64[k] each: that no tier had, and that the device tier had not."""
 
     missed: npt.NDArray[np.int64]
     missed_above: npt.NDArray[np.int64]
@@ -77,36 +77,36 @@ def simulate_tiers(
     With `group_rows` what is counted are groups. on_batch: called after each batch of a stack of two. ConfigError as from
     `Store.open`, and where a batch is not whole groups.
     """
-    return simulate_groups(config, tables, trace, everything("all"), on_batch=on_batch)[0]
+    return simulate_kinds(config, tables, trace, everything("all"), on_batch=on_batch)[0]
 
 
-def simulate_groups(
+def simulate_kinds(
     config: StoreConfig,
     tables: Sequence[RecordedTable],
     trace: Trace,
-    groups: Groups,
+    kinds: Kinds,
     *,
     rate: float = 1.0,
     on_batch: Callable[[], object] | None = None,
-) -> tuple[list[TierCounts], ByGroup]:
-    """`simulate_tiers`, and misses by group. rate: of the sample that the trace is, of which the tiers have so much less."""
+) -> tuple[list[TierCounts], ByKind]:
+    """`simulate_tiers`, and misses by kind. rate: of the sample that the trace is, of which the tiers have so much less."""
     device, host, stride, most = levels_of(config, tables, rate=rate)
     trace = in_groups(trace, config.group_rows)
     if device is None:
-        missed = replay_groups(host, trace.rows, trace.offsets, groups)
-        return [_counts("host", host, stride)], ByGroup(missed, missed)
-    missed, found = np.zeros((2, len(groups.names)), np.int64)
+        missed = replay_kinds(host, trace.rows, trace.offsets, kinds)
+        return [_counts("host", host, stride)], ByKind(missed, missed)
+    missed, found = np.zeros((2, len(kinds.names)), np.int64)
     for rows in trace.batches():
         plan = StackPlan(rows.size, above=True)
         if not plan_stack(device, host, plan, rows, 0, most, idly=True):
             assert plan.above is not None
-            missed += groups.sizes(plan.below.misses)
-            found += groups.sizes(host.slots["key"][plan.below.held[: plan.below.hits]])
+            missed += kinds.sizes(plan.below.misses)
+            found += kinds.sizes(host.slots["key"][plan.below.held[: plan.below.hits]])
             device.release(plan.above)
             host.release(plan.below)
         if on_batch is not None:
             on_batch()
-    return [_counts("device", device, stride), _counts("host", host, stride)], ByGroup(missed, missed + found)
+    return [_counts("device", device, stride), _counts("host", host, stride)], ByKind(missed, missed + found)
 
 
 def _sampled(begin: Beginning, rate: float) -> Beginning:

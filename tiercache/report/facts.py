@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.lab.groups import Groups
+from tiercache.lab.kinds import Kinds
 from tiercache.lab.replay import Replay
 from tiercache.lab.windows import Windows
 
@@ -17,14 +17,14 @@ class Subject(NamedTuple):
     title    its name
     about    (what, value) pairs that describe it
     command  the command line that made the report
-    groups   the orders of n-grams or the tables that its rows are of, or None
-    why      what groups are, or why there are none; a sentence
+    kinds   the orders of n-grams or the tables that its rows are of, or None
+    why      what kinds are, or why there are none; a sentence
     """
 
     title: str
     about: tuple[tuple[str, str], ...]
     command: str
-    groups: Groups | None
+    kinds: Kinds | None
     why: str
 
 
@@ -79,10 +79,10 @@ class Choice(NamedTuple):
 
 
 class Served(NamedTuple):
-    """Where the accesses to each group of rows were served, for one choice of tiers. All int64[g].
+    """Where the accesses to each kind of rows were served, for one choice of tiers. All int64[k].
 
     title     what the tiers are
-    names     the groups
+    names     the kinds
     tiers     hits of each tier, the device's first: ("device tier", hits) and so on
     again     misses of rows that were asked for before
     fresh     misses of rows that were not: no tier can have them
@@ -101,7 +101,7 @@ class Facts(NamedTuple):
     made      when, and by which version
     mode      "policies", "tiers" (simulated) or "live"
     replays   as printed: policies at sizes, or the one of a store's tiers
-    served    empty where the live tiers began with rows, so that counts by group are not known
+    served    empty where the live tiers began with rows, so that counts by kind are not known
     """
 
     subject: Subject

@@ -64,7 +64,7 @@ def _curve_tips(curve: SizeCurve) -> list[str]:
 
 
 def served(parts: Sequence[Served], label: str) -> Html:
-    """Bars of the shares of accesses that each tier served, by group."""
+    """Bars of the shares of accesses that each tier served, by kind."""
     return both(lambda size: _served(size, parts, label))
 
 
@@ -72,7 +72,7 @@ SEGMENTS = ("device tier", "host tier", "tier", "read again", "read the first ti
 
 
 def segments_of(part: Served) -> list[tuple[str, npt.NDArray[np.int64]]]:
-    """(name, accesses of each group) from the fastest on."""
+    """(name, accesses of each kind) from the fastest on."""
     return [*part.tiers, (SEGMENTS[3], part.again), (SEGMENTS[4], part.fresh)]
 
 

@@ -1,4 +1,4 @@
-"""What a page needs beside the replay itself: curves, misses by group, the working set. Costs at most as much again, and some
+"""What a page needs beside the replay itself: curves, misses by kind, the working set. Costs at most as much again, and some
 seconds for the curves, which long traces give from a sample."""
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +11,11 @@ import numpy as np
 from tiercache.assemble import stride_of
 from tiercache.config import StoreConfig
 from tiercache.lab.bounds import Bounds, Uses, bounds, uses_of
-from tiercache.lab.groups import Groups, everything, replay_groups
+from tiercache.lab.kinds import Kinds, everything, replay_kinds
 from tiercache.lab.replay import Replay
 from tiercache.lab.sampling import Sample, sample
 from tiercache.lab.simulator import Counts, simulate
-from tiercache.lab.tiers import ByGroup, TierCounts, simulate_groups
+from tiercache.lab.tiers import ByKind, TierCounts, simulate_kinds
 from tiercache.lab.trace import Trace
 from tiercache.lab.windows import windows
 from tiercache.level import Level
@@ -84,7 +84,7 @@ def of_policies(
         (*lines, *_bounds(part, sizes, done)), tuple(dict.fromkeys(marks)), part.sampled.rate,
     )  # fmt: skip
     choices = [_choice(f"{each.tier}", rates[each.tier], sizes, each.capacity, slot_bytes) for each in best]
-    served = [_served_by_policy(each, subject.groups or everything("all rows"), trace, uses, done) for each in best]
+    served = [_served_by_policy(each, subject.kinds or everything("all rows"), trace, uses, done) for each in best]
     return _facts(subject, "policies", replays, [curve], choices, served, trace, uses)
 
 
@@ -102,8 +102,8 @@ def of_tiers(
     sizes = {tier: _sizes([slots], uses.rows.size) for tier, slots in tiers.items()}
     done = progress(2 * sum(map(len, sizes.values())) + 1)
     part = _part(trace, _SAMPLED_BATCHES if len(tiers) > 1 else None)
-    groups = subject.groups or everything("all rows")
-    counted, missed = simulate_groups(config, tables, trace, groups)
+    kinds = subject.kinds or everything("all rows")
+    counted, missed = simulate_kinds(config, tables, trace, kinds)
     done()
     curves = [_tier_curve(tier, config, tables, tiers, sizes[tier], part, replay, done) for tier in tiers]
     choices = [
@@ -111,7 +111,7 @@ def of_tiers(
         for tier, curve in zip(tiers, curves, strict=True)
     ]
     same = [each.counts for each in counted] == [each.counts for each in (replay.device, replay) if each is not None]
-    served = [_served_by_tiers(counted, missed, groups, uses)] if same else []
+    served = [_served_by_tiers(counted, missed, kinds, uses)] if same else []
     mode = "live" if replay.latency_ns.size else "tiers"
     return _facts(subject, mode, [replay], curves, choices, served, trace, uses)
 
@@ -181,7 +181,7 @@ def _tier_curve(
         for name, number in wanted.items():
             update[name] = getattr(config, name).model_copy(update={"capacity": number * stride})
         sized, rate = config.model_copy(update=update), part.sampled.rate
-        found, _ = simulate_groups(sized, tables, part.trace, everything("all"), rate=rate)
+        found, _ = simulate_kinds(sized, tables, part.trace, everything("all"), rate=rate)
         hits = sum(each.counts.hits for each in found) if shared else found[0].counts.hits
         accesses = found[0].counts.accesses
         rates.append(part.sampled.adjusted(Counts(accesses, hits, accesses - hits)).hit_rate)
@@ -197,25 +197,25 @@ def _tier_curve(
     )  # fmt: skip
 
 
-def _served_by_policy(replay: Replay, groups: Groups, trace: Trace, uses: Uses, done: Callable[[], Any]) -> Served:
+def _served_by_policy(replay: Replay, kinds: Kinds, trace: Trace, uses: Uses, done: Callable[[], Any]) -> Served:
     level = Level(POLICIES[replay.tier], replay.capacity)
-    missed = replay_groups(level, trace.rows, trace.offsets, groups)
+    missed = replay_kinds(level, trace.rows, trace.offsets, kinds)
     done()
     slot_bytes = replay.slot_bytes
-    return _served(_title(replay.tier, replay.capacity * slot_bytes), ByGroup(missed, missed), ("tier",), groups, uses)
+    return _served(_title(replay.tier, replay.capacity * slot_bytes), ByKind(missed, missed), ("tier",), kinds, uses)
 
 
-def _served_by_tiers(tiers: Sequence[TierCounts], missed: ByGroup, groups: Groups, uses: Uses) -> Served:
+def _served_by_tiers(tiers: Sequence[TierCounts], missed: ByKind, kinds: Kinds, uses: Uses) -> Served:
     title = " over ".join(_title(f"{each.tier} tier, {each.policy}", each.capacity * each.slot_bytes) for each in tiers)
-    return _served(title, missed, tuple(f"{each.tier} tier" for each in tiers), groups, uses)
+    return _served(title, missed, tuple(f"{each.tier} tier" for each in tiers), kinds, uses)
 
 
 def _title(tier: str, num_bytes: int) -> str:
     return f"{tier}, {words.size(num_bytes)}"
 
 
-def _served(title: str, missed: ByGroup, tiers: Sequence[str], groups: Groups, uses: Uses) -> Served:
-    accesses, fresh = groups.accesses(uses), groups.sizes(uses.rows)
+def _served(title: str, missed: ByKind, tiers: Sequence[str], kinds: Kinds, uses: Uses) -> Served:
+    accesses, fresh = kinds.accesses(uses), kinds.sizes(uses.rows)
     above, below = accesses - missed.missed_above, missed.missed_above - missed.missed
     hits = (above,) if len(tiers) == 1 else (above, below)
-    return Served(title, groups.names, tuple(zip(tiers, hits, strict=True)), missed.missed - fresh, fresh)
+    return Served(title, kinds.names, tuple(zip(tiers, hits, strict=True)), missed.missed - fresh, fresh)

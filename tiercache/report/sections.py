@@ -94,7 +94,7 @@ def _choice_said(facts: Facts, choice: Choice) -> str:
 
 
 def served(facts: Facts) -> Html:
-    """Where accesses were served, by tier and by group."""
+    """Where accesses were served, by tier and by kind."""
     by = tag("p", facts.subject.why)
     if not facts.served:
         why = "The tiers of the store did not begin empty, so that a simulation does not tell which rows they had."
@@ -120,7 +120,7 @@ def served(facts: Facts) -> Html:
 
 
 def _shares_said(part: Served) -> str:
-    """The shares of all groups together, in words."""
+    """The shares of all kinds together, in words."""
     sums = [(name, int(numbers.sum())) for name, numbers in figures.segments_of(part)]
     total = max(sum(number for _, number in sums), 1)
     return ", ".join(f"{name} {percent(number / total)}" for name, number in sums)

@@ -1,11 +1,11 @@
-"""What a page says that it is of, and how its rows fall into groups."""
+"""What a page says that it is of, and how its rows fall into kinds."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 from warnings import WarningMessage
 
 from tiercache.engram.families import order_edges
-from tiercache.lab.groups import Groups, by_table
+from tiercache.lab.kinds import Kinds, by_table
 from tiercache.recording.blocks import RecordedTable
 from tiercache.report.facts import Subject
 
@@ -31,9 +31,9 @@ def of_text(
     hashing = f"{text.family}, {text.vocabulary:,} token ids"
     about = [("what", "a text, hashed"), ("hashing", hashing), ("a batch", batches), *_more(tables, told)]
     edges = text.base + order_edges(text.family, vocabulary=text.vocabulary, num_rows=text.num_rows)
-    groups = Groups(tuple(f"{order + 2}-grams" for order in range(edges.size - 1)), edges)
+    kinds = Kinds(tuple(f"{order + 2}-grams" for order in range(edges.size - 1)), edges)
     why = "By the order of the n-grams that rows are hashed from: longer ones repeat less."
-    return Subject(title, tuple(about), command, groups, why)
+    return Subject(title, tuple(about), command, kinds, why)
 
 
 def of_rows(
@@ -42,9 +42,9 @@ def of_rows(
     """A trace of rows, which are told apart by their tables where there are several."""
     about = (("what", what), *_more(tables, told))
     if len(tables) > 1:
-        groups = by_table([each.name for each in tables], [each.num_rows for each in tables])
+        kinds = by_table([each.name for each in tables], [each.num_rows for each in tables])
         why = "By table of the store. Of which n-grams the rows are, a trace of rows does not tell."
-        return Subject(title, about, command, groups, why)
+        return Subject(title, about, command, kinds, why)
     why = "Of which n-grams the rows are, a trace of rows does not tell; a text that is hashed here does."
     return Subject(title, about, command, None, why)
 

@@ -1,4 +1,4 @@
-"""Misses by group of rows and windows of a trace, against what a list says; where each family's orders begin."""
+"""Misses by kind of rows and windows of a trace, against what a list says; where each family's orders begin."""
 
 import numpy as np
 import pytest
@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from tiercache.config import StoreConfig
 from tiercache.engram.families import FAMILIES, hashed, order_edges
 from tiercache.lab.bounds import uses_of
-from tiercache.lab.groups import Groups, by_table, everything, replay_groups
+from tiercache.lab.kinds import Kinds, by_table, everything, replay_kinds
 from tiercache.lab.simulator import simulate
 from tiercache.lab.synthetic import shifting
-from tiercache.lab.tiers import simulate_groups, simulate_tiers
+from tiercache.lab.tiers import simulate_kinds, simulate_tiers
 from tiercache.lab.trace import Trace
 from tiercache.lab.windows import windows
 from tiercache.level import Level
@@ -19,7 +19,7 @@ from tiercache.policies import POLICIES
 from tiercache.recording.blocks import RecordedTable
 
 batches_of_rows = st.lists(st.lists(st.integers(0, 30), max_size=12), min_size=1, max_size=25)
-GROUPS = Groups(("a", "b", "c"), np.array([0, 7, 8, 31]))
+KINDS = Kinds(("a", "b", "c"), np.array([0, 7, 8, 31]))
 
 
 def trace_of(batches):
@@ -27,26 +27,26 @@ def trace_of(batches):
     return Trace(rows, np.cumsum([0, *map(len, batches)], dtype=np.int64))
 
 
-def group_of(row):
+def kind_of(row):
     return 0 if row < 7 else 1 if row < 8 else 2
 
 
 @given(batches_of_rows, st.integers(1, 12), st.sampled_from(["lru", "s3fifo"]))
-def test_misses_are_counted_by_group(batches, capacity, policy):
+def test_misses_are_counted_by_kind(batches, capacity, policy):
     trace = trace_of(batches)
-    missed = replay_groups(Level(POLICIES[policy], capacity), *trace, GROUPS)
+    missed = replay_kinds(Level(POLICIES[policy], capacity), *trace, KINDS)
     level, wanted = Level(POLICIES[policy], capacity), [0, 0, 0]
     for rows in trace.batches():
         plan = level.plan(rows)
         for row in plan.misses.tolist():
-            wanted[group_of(row)] += 1
+            wanted[kind_of(row)] += 1
         level.release(plan)
     assert missed.tolist() == wanted
     assert missed.sum() == simulate(policy, capacity, *trace).misses
     uses = uses_of(trace)
-    accesses = [sum(group_of(row) == group for batch in batches for row in set(batch)) for group in range(3)]
-    assert GROUPS.accesses(uses).tolist() == accesses
-    assert GROUPS.sizes(uses.rows).tolist() == np.bincount([group_of(row) for row in uses.rows], minlength=3).tolist()
+    accesses = [sum(kind_of(row) == kind for batch in batches for row in set(batch)) for kind in range(3)]
+    assert KINDS.accesses(uses).tolist() == accesses
+    assert KINDS.sizes(uses.rows).tolist() == np.bincount([kind_of(row) for row in uses.rows], minlength=3).tolist()
 
 
 def test_misses_of_two_tiers_are_those_of_a_table_alone():
@@ -57,14 +57,14 @@ def test_misses_of_two_tiers_are_those_of_a_table_alone():
         Trace(shifting(size, batches=100, size=20).rows + base, np.arange(0, 2001, 20)) for size, base in ((300, 0), (700, 300))
     )
     both = Trace(np.concatenate([first.rows, second.rows]), np.arange(0, 4001, 20))
-    counted, missed = simulate_groups(config, tables, both, by_table(["a", "b"], [300, 700]))
+    counted, missed = simulate_kinds(config, tables, both, by_table(["a", "b"], [300, 700]))
     assert counted == simulate_tiers(config, tables, both)
     device, host = counted
     assert (missed.missed_above.sum(), missed.missed.sum()) == (device.counts.misses, host.counts.misses)
-    for group, part in enumerate((first, second)):
-        (above, below), alone = simulate_groups(config, tables, part, everything("all"))
-        assert missed.missed[group] == alone.missed[0] == below.counts.misses == np.unique(part.rows).size
-        assert missed.missed_above[group] == alone.missed_above[0] == above.counts.misses
+    for kind, part in enumerate((first, second)):
+        (above, below), alone = simulate_kinds(config, tables, part, everything("all"))
+        assert missed.missed[kind] == alone.missed[0] == below.counts.misses == np.unique(part.rows).size
+        assert missed.missed_above[kind] == alone.missed_above[0] == above.counts.misses
 
 
 @given(batches_of_rows, st.integers(1, 70))
