@@ -153,7 +153,7 @@ def test_an_index_that_changes_while_it_is_checked():
             r"policy_options = .*smal.*; it takes small, ghost, threshold",
         ),
         ({"host": {"policy": "s3fifo", "policy_options": {"small": 2}}}, r"policy_options = .*small"),
-        ({"host": {"policy": "static"}}, r"host = .*'static'.*needs one"),
+        ({"host": {"policy": "static"}}, r"host = .*'static'.*needs a hot_set"),
         ({"hots": {}}, "hots"),
         ({"storage": {"engine": "spdk"}}, r"storage\.engine = 'spdk'"),
         ({"storage": {"verify": "page"}}, r'storage\.verify = "page".*no page checksums'),

@@ -4,6 +4,7 @@ import errno
 import random
 import re
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -308,6 +309,8 @@ def test_groups_whose_disk_failed_are_read_again(tmp_path, engine, size):
                 store.fetch(wanted, raw=True)
             ticket = store.prefetch(wanted[6:])
             assert exact(store, wanted[:4])
+            while not ticket.done:
+                time.sleep(0.001)
         with pytest.raises(StorageError):
             ticket.take(raw=True)
         store.check()

@@ -140,7 +140,7 @@ def count_reads(layout: Any, files: Any, rows: Any, alignment: int, slot_bytes: 
     located = np.empty((rows.size * num_fields, PIECE_COLUMNS), np.int64)
     at = np.empty(rows.size * num_fields, np.int64)
     bare = Layout(layout.extents, layout.fields, layout.resident[:0])
-    _locate(bare, rows, np.zeros(rows.size, np.int32), Targets(0, 0, 0, 0, 0, 0), located, at)
+    _locate(bare, rows, np.zeros(rows.size, np.int32), Targets(0, 0, 0, 0, 0, 0, 1), located, at)
     reads = np.zeros((at.size, READ_COLUMNS), np.int64)
     num_reads = _merge(at, located, files, alignment, slot_bytes, np.empty_like(located), reads)
     return num_reads, reads[:num_reads, LENGTH].sum()
