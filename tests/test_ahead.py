@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from stores import open_with
 
 from tiercache import ClosedError, ConfigError, Store
+from tiercache import store as store_module
 from tiercache.engram.demo import demo_hashers
 from tiercache.engram.embedding import TieredEmbedding
 from tiercache.engram.lookup import EngramState, begun, expect, look_up
@@ -467,3 +468,21 @@ def test_recorded_hits_of_a_live_store_are_those_of_a_level():
         for row in rows.tolist():
             store.fetch([row])
         assert store.stats().host.hits == hits == level.counters[HITS]
+
+
+def test_an_expectation_that_is_cancelled_meanwhile_extends_nobody_elses(monkeypatch):
+    with opened() as store:
+        first = store.expect([1, 2])
+        rows_of, others, calls = store_module.rows_of, [], []
+
+        def cancelled(*arguments):
+            calls.append(arguments)
+            if len(calls) == 1:
+                first.cancel()
+                others.append(store.expect([3]))
+            return rows_of(*arguments)
+
+        monkeypatch.setattr(store_module, "rows_of", cancelled)
+        with pytest.raises(RuntimeError, match="cancelled before"):
+            first.extend([4, 5])
+        assert (first.left, others[0].left) == (0, 1)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from stores import ENGRAM, write_engram
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tiercache.engram.embedding import TieredEmbedding
 from tiercache.errors import ClosedError
@@ -161,6 +162,26 @@ def test_a_ticket_knows_the_indices_that_it_was_asked_for_by(dtype):
         assert not ticket.asks_for(asked)
         ticket.cancel()
         assert not ticket.asks_for(torch.tensor([[3, 1], [4, 1]]))
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [
+        lambda module, given: torch.jit.trace(module, (given,), check_trace=False),
+        lambda module, given: make_fx(module)(given),
+        lambda module, given: make_fx(module, tracing_mode="symbolic")(given),
+        lambda module, given: torch.vmap(module),
+    ],
+    ids=["jit", "fx", "symbolic fx", "vmap"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_is_traced_while_a_prefetch_waits_takes_nothing_of_it(embedding, trace):
+    first, second = some_rows((3,), 1), some_rows((3,), 2)
+    ticket = embedding.prefetch(first)
+    traced = trace(embedding, first)
+    assert torch.equal(traced(second), WEIGHT[second])
+    assert torch.equal(traced(first), WEIGHT[first])
+    assert ticket.open
 
 
 def test_errors_are_those_of_the_store(embedding, store):

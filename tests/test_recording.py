@@ -359,6 +359,62 @@ def test_a_recorder_whose_thread_cannot_begin_leaves_nothing_open(tmp_path: Path
     assert read(tmp_path / "rows.trace") == [("b", [1])]
 
 
+@pytest.mark.parametrize("step", ["_connect", "_finish", "join"])
+def test_an_interrupted_close_is_completed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "rows.trace"
+    with open_store() as store:
+        recording, threads = store.record(path), set(store_threads())
+        store.fetch([1, 2], table="a")
+        where = {"_connect": (Recorder, step), "_finish": (recorder, step), "join": (recording._thread, step)}[step]
+        with monkeypatch.context() as patched:
+            patched.setattr(*where, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                recording.close()
+        recording.close()
+        assert threads - set(store_threads()), "the thread goes on"
+        assert descriptors_of(path) == 0
+        store.fetch([3], table="a")
+        with store.record(path):
+            store.fetch([4], table="a")
+    assert read(path) == [("a", [1, 2]), ("a", [4])]
+
+
+def test_a_recording_that_is_interrupted_as_it_begins_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, path = threading.Thread.start, tmp_path / "rows.trace"
+
+    def begin(self: threading.Thread) -> None:
+        start(self)
+        raise KeyboardInterrupt
+
+    with open_store() as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", begin)
+            with pytest.raises(KeyboardInterrupt):
+                store.record(path)
+        while descriptors_of(path):
+            time.sleep(0.001)
+        store.fetch([1], table="a")
+        with store.record(path):
+            store.fetch([2], table="a")
+    assert read(path) == [("a", [2])]
+
+
+def test_memory_that_runs_out_ends_the_recording_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Encoder, block: Block) -> None:
+        raise MemoryError
+
+    with open_store() as store:
+        recording = store.record(tmp_path / "rows.trace")
+        monkeypatch.setattr(Encoder, "encode", refuse)
+        store.fetch([1], table="a")
+        with pytest.raises(StorageError, match="Cannot allocate memory"):
+            recording.close()
+        assert recording.stats().dropped_batches == 1
+
+
 KILLED = """
 import os, sys, numpy as np
 from tiercache import Store
@@ -491,6 +547,8 @@ def test_an_empty_file_is_filled_and_is_no_recording(tmp_path: Path) -> None:
         ({"a": TABLES["a"][:999], "b": TABLES["b"]}, "another table 'a': 1000 rows; here it has 999"),
         ({"a": TABLES["a"][:, :7], "b": TABLES["b"]}, "another table 'a': 8 bytes a record; here it has 7"),
         ({"b": TABLES["b"]}, "recorded of table 'a'"),
+        ({"b": TABLES["b"], "a": TABLES["a"]}, r"recorded of 'a' \(without identity\), 'b' .*; here are 'b' .*, 'a' "),
+        ({"a": TABLES["a"], "b": TABLES["b"], "c": TABLES["a"]}, "here are .*'c' .*, which cannot follow"),
     ],
 )
 def test_a_recording_of_other_tables_is_not_continued(tmp_path: Path, tables: dict, message: str) -> None:

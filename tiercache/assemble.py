@@ -46,7 +46,7 @@ def level_of(
         raise ConfigError(
             f"{tier}.capacity = {config.capacity}: holds no {what}; allowed are {slot_bytes} bytes or more"
         )
-    capacity = min(config.capacity // slot_bytes, num_rows if group_rows == 1 else 2**30, 2**30 // group_rows)
+    capacity = min(config.capacity // slot_bytes, num_rows, 2**30 // group_rows)
     try:
         level = Level(POLICIES[config.policy], capacity, options[tier], num_rows if group_rows == 1 else None)
     except (TypeError, ValueError) as error:

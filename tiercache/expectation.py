@@ -30,21 +30,15 @@ class Expectation:
     @property
     def left(self) -> int:
         """Rows, duplicates counted, that are still expected."""
-        return 0 if self._lane is None else self._store._left(self._lane)
+        return self._store._left(self)
 
     def extend(self, indices: Any) -> int:
         """Expect more rows, behind the others; as `Store.expect`. How many there was room for. RuntimeError if cancelled."""
-        if self._lane is None:
-            raise RuntimeError("this expectation was cancelled before")
-        return self._store._expect(self._table, indices, self._lane)
+        return self._store._expect(self._table, indices, self)
 
     def cancel(self) -> None:
         """These rows are not going to be asked for. A second time it does nothing. ClosedError in a process forked since."""
-        self._store._require_here()
-        lane, self._lane = self._lane, None
-        if lane is not None:
-            self._store._cancel(lane)
-            self._leave(lane)
+        self._store._cancel(self)
 
     def __enter__(self) -> Self:
         return self

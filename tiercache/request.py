@@ -80,9 +80,19 @@ def check_tensor(indices: torch.Tensor, device: torch.device) -> None:
         raise TypeError(f"indices are {indices.dtype}; row numbers are integers")
 
 
+def is_traced(indices: Any) -> bool:
+    """Whether what is done with a tensor now may be recorded for others, or is done for a batch of them: traced, mapped."""
+    return (
+        type(indices) is not torch.Tensor
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def are_rows(indices: torch.Tensor, table: Table, rows: npt.NDArray[np.int64]) -> bool:
     """Whether `rows_of` gave these rows of the store, int64[n], for such indices. As many are asked about."""
-    if indices.dtype not in _INTEGERS or indices.is_meta:
+    if indices.dtype not in _INTEGERS or indices.is_meta or isinstance(indices, FakeTensor | FunctionalTensor):
         return False
     array = (indices if indices.device.type == "cpu" else indices.cpu()).numpy()
     return bool(_same(np.ascontiguousarray(array).reshape(-1), table.base, rows))

@@ -491,8 +491,8 @@ class Store:
         if self._lookout is not None:
             self._lookout.level.ask(rows)
 
-    def _expect(self, table: Table, indices: Any, lane: int | None) -> int:
-        """Announce rows of a table behind a lane's others: how many there was room for. Without a lane: a new one's number."""
+    def _expect(self, table: Table, indices: Any, expectation: Expectation | None) -> int:
+        """Announce rows of a table behind an expectation's others: how many there was room for. Without one: a new lane."""
         rows, _ = rows_of(indices, table, self._top.torch_device)
         self._require_rows("expect")
         require_foresight(self._host.level)
@@ -501,21 +501,30 @@ class Store:
             self._require_open()
             if self._lookout is None:
                 self._lookout = Lookout(self._host.level)
-            if lane is not None:
-                return self._lookout.level.announce(rows, lane)
+            if expectation is not None:
+                if expectation._lane is None:
+                    raise RuntimeError("this expectation was cancelled before")
+                return self._lookout.level.announce(rows, expectation._lane)
             lane = self._lookout.take()
             self._lookout.level.announce(rows, lane)
             return lane
 
-    def _left(self, lane: int) -> int:
+    def _left(self, expectation: Expectation) -> int:
         """For `Expectation.left`."""
+        self._require_here()
         with self._lock:
-            return self._host.level.num_left(lane)
+            lane = expectation._lane
+            return 0 if lane is None else self._host.level.num_left(lane)
 
-    def _cancel(self, lane: int) -> None:
+    def _cancel(self, expectation: Expectation) -> None:
         """For `Expectation.cancel`."""
+        self._require_here()
         with self._lock:
-            self._host.level.cancel(lane)
+            lane = expectation._lane
+            if lane is not None:
+                self._host.level.cancel(lane)
+                expectation._lane = None
+                expectation._leave(lane)
 
     def _begin(self, flight: Flight, rows: npt.NDArray[np.int64], *, served: bool = False) -> None:
         """A flight was planned: count it, and see which slots it waits for that other flights' reads fill. Under the lock."""

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tiercache.flight import Ticket
+from tiercache.request import is_traced
 from tiercache.store import Store
 
 
@@ -29,7 +30,7 @@ class Ahead:
         """dtype[*rows.shape, dim], on the store's device: what `begin` brought, if it was these rows; read now, if not."""
         rows = rows.cpu()
         ticket, self._here.ticket = self._here.ticket, None
-        if ticket is not None and ticket.asks_for(rows):
+        if ticket is not None and not is_traced(rows) and ticket.asks_for(rows):
             return ticket.take()
         if ticket is not None:
             ticket.cancel()

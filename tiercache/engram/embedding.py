@@ -20,6 +20,7 @@ from tiercache.expectation import Expectation
 from tiercache.flight import Ticket
 from tiercache.op import as_operator
 from tiercache.records import DTYPES
+from tiercache.request import is_traced
 from tiercache.source import Source
 from tiercache.store import Store
 
@@ -84,7 +85,7 @@ class TieredEmbedding(nn.Module):
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """The rows, without a gradient. In a graph that is traced the fetch is `as_operator`'s, which finds prefetched rows
         in the tier."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._pending and not is_traced(indices):
             for place, ticket in enumerate(self._pending):
                 if ticket.asks_for(indices):
                     del self._pending[place]

@@ -26,6 +26,7 @@ from tiercache.policies.expected import NO_DUE, NOW_TURN, TURN
 
 _CLASSES = gittins._CLASSES
 _NUM_AGES = gittins._NUM_AGES
+_MOST = float(1 << 60)
 _SOON = 1 / 4096
 """Turns; what is due sooner is due now."""
 
@@ -92,7 +93,8 @@ def _least_of(state: Any, key: int, group: int, now: int) -> int:
 def _certain(state: Any, due: int) -> int:
     """One hit in so long; what is overdue is worth the less the longer it is."""
     turns = max(float(abs(due - state.expected.book[NOW_TURN])) / TURN, _SOON)
-    return int64(gittins._SCALE * (1 << state.book[gittins._SHIFT]) / (turns * expected.pace(state.expected)))
+    value = gittins._SCALE * (1 << state.book[gittins._SHIFT]) / (turns * expected.pace(state.expected))
+    return int64(min(value, _MOST))
 
 
 @lean

@@ -254,7 +254,10 @@ def whole_bytes(path: Path, file: BinaryIO, tables: list[RecordedTable]) -> int:
             if stop > size:
                 break
             if header["kind"] == HEAD:
-                require_same(path, tables_of(read_payload(file, header)), tables)
+                recorded = tables_of(read_payload(file, header))
+                require_same(path, recorded, tables)
+                if recorded != tables:
+                    raise FormatError(f"{path}: recorded of {_named(recorded)}; here are {_named(tables)}, which cannot follow")
             last, end = (end, header), stop
         if last is not None:
             file.seek(last[0] + HEADER.itemsize)
@@ -280,6 +283,11 @@ def require_same(path: Path, recorded: list[RecordedTable], tables: list[Recorde
             raise FormatError(
                 f"{path}: recorded of another table {table.name!r}: identity {table.identity}; here it is {other.identity}"
             )
+
+
+def _named(tables: list[RecordedTable]) -> str:
+    """Tables in words, with the identities that make them the same."""
+    return ", ".join(f"{table.name!r} ({table.identity or 'without identity'})" for table in tables)
 
 
 def blocks(file: BinaryIO) -> Iterator[tuple[int, Any, bytes]]:

@@ -22,6 +22,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from tiercache.errors import ClosedError
 from tiercache.native import lean
 from tiercache.recording.blocks import Block, Encoder, RecordedTable, bases_of, end_block, head_block, whole_bytes
 from tiercache.stats import RecordingStats
@@ -50,30 +51,61 @@ BLOCK_ROWS = WORTH_ROWS
 
 
 class _Writer:
-    """What the thread has: where batches come from, and where they go."""
+    """What the thread has: where batches come from, and where they go. Both descriptors are its own once it runs."""
 
     def __init__(self, descriptor: int, tap: Tap, bases: Rows, lock: Any) -> None:
         self.descriptor, self.tap, self.bases, self.lock = descriptor, tap, bases, lock
-        self.closing = False
-        self.ending = threading.RLock()  # who says `closing` has woken the thread before it closes the descriptor
+        self.ending = threading.RLock()  # of the next three
+        self.running = self.closing = False
+        self.open = True
         self.bytes_written = 0
         self.error: OSError | None = None
         self._encoder = Encoder()
 
+    def end(self) -> None:
+        """Have the thread write what waits and end. A second time, or where it never began, there is nothing to do."""
+        with self.ending:
+            self.closing = True
+            if not self.running:
+                self._close()
+            elif self.open:
+                os.eventfd_write(self.tap.wake, 1)
+
     def run(self) -> None:
-        """Write blocks until told to end."""
+        """The thread."""
+        with self.ending:
+            if self.closing:
+                return
+            self.running = True
+        try:
+            self._write_until_closing()
+        except BaseException as error:
+            self.error = self.error or OSError(errno.EIO, f"the thread that writes it has ended: {error!r}")
+            raise
+        finally:
+            with self.lock:
+                self.tap.counts[STOPPED] = 1
+            with self.ending:
+                self._close()
+
+    def _close(self) -> None:
+        if self.open:
+            self.open = False
+            os.close(self.tap.wake)
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)  # a forked child may hold the file open
+            os.close(self.descriptor)
+
+    def _write_until_closing(self) -> None:
         poll = select.poll()
         poll.register(self.tap.wake, select.POLLIN)
         lost, closing = (0, 0), False
         while not closing:
             if poll.poll(1000 * INTERVAL_S):
                 os.eventfd_read(self.tap.wake)
-            with self.ending:
-                closing = self.closing
+            closing = self.closing
             if closing:
                 with self.lock:
-                    self.tap.counts[STOPPED] = 1  # nobody writes to the descriptor any more that is now closed
-                os.close(self.tap.wake)
+                    self.tap.counts[STOPPED] = 1
             for block, count in _blocks(self.tap.look(), self.tap.rows, self.bases, lost):
                 lost = (0, 0) if block.sizes.size else block.dropped
                 if block.sizes.size:
@@ -86,9 +118,6 @@ class _Writer:
                 os.fsync(self.descriptor)
         except OSError as error:
             self.error = error
-        finally:
-            fcntl.flock(self.descriptor, fcntl.LOCK_UN)  # a forked child may hold the file open
-            os.close(self.descriptor)
 
     def _write(self, block: Block) -> None:
         """Write a block. What cannot be written counts as left out, and so does all that comes."""
@@ -100,6 +129,8 @@ class _Writer:
                 return
             except OSError as error:
                 self.error = error
+            except MemoryError:
+                self.error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         with self.lock:
             self.tap.counts[STOPPED] = 1
             self.tap.counts[[TAKEN_BATCHES, TAKEN_ROWS]] -= block.sizes.size, block.rows.size
@@ -127,17 +158,23 @@ class Recorder:
         self._finalizer = weakref.finalize(self, _finish, self._process, self._thread, self._writer)
         try:
             self._thread.start()
+            recorders.append(self)
+            self._connect(recorders)
         except BaseException:
+            self._leave()
+            self._writer.end()  # which nobody waits for here: the thread needs the lock
             self._finalizer.detach()
-            os.close(descriptor)
-            os.close(self._tap.wake)
             raise
-        recorders.append(self)
-        self._connect()
 
-    def _connect(self) -> None:
-        """Have the level's batches copied to the taps of all recorders. Under the store's lock."""
-        self._counters[TAPS] = chain([recorder._tap for recorder in self._recorders])
+    def _leave(self) -> None:
+        """Record nothing more. Under the store's lock."""
+        others = [recorder for recorder in self._recorders if recorder is not self]
+        self._connect(others)  # first: nobody may fill a tap that nothing keeps alive
+        self._recorders[:] = others
+
+    def _connect(self, recorders: "list[Recorder]") -> None:
+        """Have the level's batches copied to the taps of these, which the store's list keeps alive. Under the store's lock."""
+        self._counters[TAPS] = chain([recorder._tap for recorder in recorders])
 
     def add(self, base: int, rows: Rows) -> None:
         """Record a batch of the table that begins with row `base` of the store, which the level was not asked for. Under the
@@ -146,7 +183,9 @@ class Recorder:
         self._tap.add(base, rows)
 
     def stats(self) -> RecordingStats:
-        """Counts since it began."""
+        """Counts since it began. ClosedError in a process forked since."""
+        if self._process != os.getpid():
+            raise ClosedError("this recording was begun in another process")
         writer, counts = self._writer, self._tap.counts
         with self._lock:
             batches, rows, lost_batches, lost_rows = counts[TAKEN_BATCHES : LOST_ROWS + 1].tolist()
@@ -154,7 +193,7 @@ class Recorder:
             return RecordingStats(str(self.path), batches, rows, lost_batches, lost_rows, writer.bytes_written, error)
 
     def close(self) -> None:
-        """Write what is waiting, and end the recording. A second close does nothing.
+        """Write what is waiting, and end the recording. A second close does nothing, unless the first was interrupted.
 
         StorageError where something could not be written: the recording then ends with the last block before it.
         """
@@ -162,11 +201,10 @@ class Recorder:
             self._finalizer.detach()
             return
         with self._lock:
-            if self in self._recorders:
-                self._recorders.remove(self)
-                self._connect()
+            self._leave()
         if self._finalizer.alive:
-            self._finalizer()
+            _finish(self._process, self._thread, self._writer)
+            self._finalizer.detach()
             if self._writer.error is not None:
                 raise storage_error(self._writer.error, self.path)
 
@@ -249,8 +287,6 @@ def _localise(rows: Any, sizes: Any, bases: Any) -> None:
 def _finish(process: int, thread: threading.Thread, writer: _Writer) -> None:
     """End the thread, in the process that began it only."""
     if process == os.getpid():
-        with writer.ending:
-            writer.closing = True
-            os.eventfd_write(writer.tap.wake, 1)
-        if thread is not threading.current_thread():
+        writer.end()
+        if writer.running and thread is not threading.current_thread():
             thread.join()

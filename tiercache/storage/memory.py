@@ -105,6 +105,8 @@ def _short(value: object) -> str:
 
 def read_rows(path: Path) -> npt.NDArray[np.int64]:
     """Row numbers of a .npy file, int64[n]. StorageError where it cannot be read, FormatError where it is something else."""
+    if path.exists() and not path.is_file():
+        raise FormatError(f"{path}: not a file")
     try:
         mapped = np.lib.format.open_memmap(path, mode="r")
         if mapped.ndim != 1 or mapped.dtype.kind not in "iu":
