@@ -7,13 +7,14 @@ tiers.
 
 What else the machine does is to hit all alike. They take turns at every step, in changing order. Where caches of keys and
 values lie in memory makes up to 2 % of a step: as all compute the same, the three exchange theirs after every step. And the
-models compute on one core while the stores' threads read on the others, as on a server, whose computing threads are bound:
-else the kernel may let a thread that a disk wakes take a model's core away, for half a millisecond a step.
+models compute on one core while the stores' threads plan and read on the others, as on a server, whose computing threads are
+bound: else the kernel may let a thread that a disk wakes take a model's core away, for half a millisecond a step.
 """
 
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -98,9 +99,11 @@ def serve(
         models = {KINDS[0]: model}
         first, *others = sorted(os.sched_getaffinity(0))
         for kind in KINDS[1:]:
-            with _on(others or [first]):  # where the thread that opens a store runs, its threads run
+            with _on(others or [first]):  # where a thread runs, those that it begins run
                 store = stack.enter_context(Store.open(config))
-            models[kind] = with_engram(model.sizes, Clocked(store)).eval()
+                asker = stack.enter_context(ThreadPoolExecutor(1))
+                asker.submit(int).result()
+            models[kind] = with_engram(model.sizes, Clocked(store, asker)).eval()
             models[kind].load_state_dict(model.state_dict(), assign=True)
         stack.enter_context(_on([first]))
         results = {kind: Served() for kind in KINDS}
@@ -153,20 +156,29 @@ def _round(
 
 
 class Clocked(TieredEmbedding):
-    """Times what asks for rows and what takes them, in the caller's thread: seconds since `reset`."""
+    """Has another thread ask for rows ahead, as to plan a thousand reads takes a millisecond, and times what the caller's
+    thread spends on asking and taking: seconds since they were last set back.
+    """
 
     asking = taking = 0.0
 
-    def prefetch(self, indices: torch.Tensor, *, deadline: float | None = None) -> Ticket:
-        """As without a clock."""
+    def __init__(self, store: Store, asker: Executor) -> None:
+        super().__init__(store)
+        self._asker = asker
+        self._asked: Future[Ticket] | None = None
+
+    def prefetch(self, indices: torch.Tensor, *, deadline: float | None = None) -> Any:
+        """Have it asked for; `forward` waits until that is done, and raises its errors."""
         began = time.perf_counter()
-        ticket = super().prefetch(indices, deadline=deadline)
+        self._asked = self._asker.submit(super().prefetch, indices, deadline=deadline)
         self.asking += time.perf_counter() - began
-        return ticket
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
-        """As without a clock."""
+        """The rows."""
         began = time.perf_counter()
+        if self._asked is not None:
+            self._asked.result()
+            self._asked = None
         rows = super().forward(indices)
         self.taking += time.perf_counter() - began
         return rows
