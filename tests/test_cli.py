@@ -188,6 +188,20 @@ def test_replay_simulates_policies_at_sizes(invoke: Invoke) -> None:
     assert all(name in result.output for name in ("static", "Belady", "unbounded"))
 
 
+@pytest.mark.parametrize("width", [200, 80, 20])
+def test_tables_have_every_digit_however_narrow_the_terminal(config: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    config.write_text(config.read_text() + '[device]\ndevice = "cpu"\ncapacity = "16KiB"\npolicy = "sieve"\n')
+    monkeypatch.setattr(cli, "console", Console(width=width))
+    options = ["replay", "--limit", "3000", "--config", str(config), "--simulate"]
+    printed = CliRunner().invoke(cli.app, options).stdout
+    monkeypatch.setattr(cli, "console", Console(width=500))
+    assert [line.split() for line in printed.splitlines() if "─" not in line] == [
+        line.split() for line in CliRunner().invoke(cli.app, options).stdout.splitlines() if "─" not in line
+    ]
+    assert "…" not in printed
+    assert "device, sieve" in printed
+
+
 def test_replay_through_a_store_counts_what_the_simulator_counts(invoke: Invoke, config: Path) -> None:
     live = invoke("replay", "--limit", 2000, "--config", config)
     simulated = invoke("replay", "--limit", 2000, "--rows", 5000, "--policy", "lru", "--capacity", "64KiB")

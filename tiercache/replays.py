@@ -30,7 +30,8 @@ from tiercache.report import measure
 from tiercache.report.facts import Subject
 from tiercache.report.file import Save, report_file
 from tiercache.report.page import page
-from tiercache.report.rows import COLUMNS, result_rows, title
+from tiercache.report.printed import print_whole
+from tiercache.report.rows import COLUMNS, WARM, result_rows, title
 from tiercache.report.subject import Text, of_rows, of_text
 from tiercache.storage import open_table
 from tiercache.storage.table import FileTable
@@ -41,6 +42,8 @@ _NUM_ROWS = 8_134_407
 _MADE_UP = {"zipf": synthetic.zipf, "shifting": synthetic.shifting, "scanning": synthetic.scanning}
 _BATCHES, _SIZE, _TOKENS = 2000, 1000, 200_000
 """Of what is made up."""
+
+_NO_IMAGE = "What the config restores is not simulated."
 
 
 class What(NamedTuple):
@@ -175,9 +178,13 @@ def _run_tiers(what: What, config: StoreConfig, name: str | None, console: Conso
     with progress(f"Planning {wanted.rows.size:,} rows", wanted.num_batches) as done:
         result = replay_tiers(config, tables, wanted, uses, on_batch=done)
     _print_replays(console, [result], config.group_rows)
+    if config.restore is not None:
+        console.print(_NO_IMAGE, soft_wrap=True, highlight=False)
     if report is not None:
         table, base = _table_of(what, tables, name)
         subject = _subject(what, report, table.num_rows, tables, base)
+        if config.restore is not None:
+            subject = subject._replace(about=(*subject.about, ("image", _NO_IMAGE)))
         with _measuring() as steps:
             facts = measure.of_tiers(subject, config, tables, wanted, uses, result, steps)
         report.save(page(facts))
@@ -353,4 +360,6 @@ def _print_replays(console: Console, results: list[Replay], group_rows: int = 1)
         column.justify = "right"
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    print_whole(console, table)
+    if any(each.warm for each in results):
+        console.print(WARM, soft_wrap=True, highlight=False)
