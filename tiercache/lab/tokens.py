@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import is_zipfile
+from zipfile import BadZipFile, is_zipfile
+from zlib import error as ZlibError
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +42,7 @@ def load_tokens(path: str | os.PathLike[str] = SHIPPED) -> TokenStream:
         with np.load(path, allow_pickle=False) as archive:
             tokens = archive["tokens"].astype(np.int64, casting="same_kind")
             documents = archive.get("documents", np.array([tokens.size])).astype(np.int64, casting="same_kind")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, BadZipFile, ZlibError, EOFError) as error:
         raise FormatError(f"{path}: not a token stream: {error}") from error
     if tokens.ndim != 1 or documents.ndim != 1 or documents.sum() != tokens.size:
         raise FormatError(f"{path}: documents of {documents.sum()} tokens in all, but tokens of shape {tokens.shape}")

@@ -98,7 +98,7 @@ def served(facts: Facts) -> Html:
     """Where accesses were served, by tier and by kind."""
     by = tag("p", facts.subject.why)
     if facts.warm:
-        why = "The tiers did not begin empty: they may have had rows before their first use, so that accesses are not divided here."
+        why = "The tiers did not begin empty: they may have had rows before the first use, so accesses are not divided."
         return _section("served", "Where rows came from", by, tag("p", why, class_="note"))
     picked = np.unique(np.linspace(0, len(facts.served) - 1, min(_MOST_BARS, len(facts.served))).round().astype(int))
     parts = [facts.served[at] for at in picked]
