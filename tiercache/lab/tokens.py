@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from tokenize import TokenError
 from typing import NamedTuple
 from zipfile import BadZipFile, is_zipfile
 from zlib import error as ZlibError
@@ -16,6 +17,10 @@ SHIPPED = Path(__file__).parent.parent / "data" / "public_domain.npz"
 
 SHIPPED_VOCABULARY = 129_280
 """Token ids of the shipped stream are below this."""
+
+
+_DAMAGE = (ValueError, KeyError, TypeError, BadZipFile, ZlibError, EOFError, NotImplementedError, RuntimeError, TokenError)
+"""What numpy and zipfile raise for archives that are damaged, encrypted, or of a kind that they do not read."""
 
 
 class TokenStream(NamedTuple):
@@ -42,7 +47,7 @@ def load_tokens(path: str | os.PathLike[str] = SHIPPED) -> TokenStream:
         with np.load(path, allow_pickle=False) as archive:
             tokens = archive["tokens"].astype(np.int64, casting="same_kind")
             documents = archive.get("documents", np.array([tokens.size])).astype(np.int64, casting="same_kind")
-    except (ValueError, KeyError, TypeError, BadZipFile, ZlibError, EOFError) as error:
+    except _DAMAGE as error:
         raise FormatError(f"{path}: not a token stream: {error}") from error
     if tokens.ndim != 1 or documents.ndim != 1 or documents.sum() != tokens.size:
         raise FormatError(f"{path}: documents of {documents.sum()} tokens in all, but tokens of shape {tokens.shape}")
