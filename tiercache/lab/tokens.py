@@ -40,13 +40,16 @@ def load_tokens(path: str | os.PathLike[str] = SHIPPED) -> TokenStream:
 
     Raises FormatError where the file holds something else, OSError where it cannot be read.
     """
-    with open(path, "rb") as file:
-        if not is_zipfile(file):
-            raise FormatError(f"{path}: not an .npz file")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            tokens = archive["tokens"].astype(np.int64, casting="same_kind")
-            documents = archive.get("documents", np.array([tokens.size])).astype(np.int64, casting="same_kind")
+        with open(path, "rb") as file:
+            if not is_zipfile(file):
+                raise FormatError(f"{path}: not an .npz file")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                tokens = archive["tokens"].astype(np.int64, casting="same_kind")
+                documents = archive.get("documents", np.array([tokens.size])).astype(np.int64, casting="same_kind")
+    except FormatError:
+        raise
     except _DAMAGE as error:
         raise FormatError(f"{path}: not a token stream: {error}") from error
     if tokens.ndim != 1 or documents.ndim != 1 or documents.sum() != tokens.size:
