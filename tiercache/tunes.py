@@ -197,9 +197,9 @@ def _require_sense(wanted: Wanted) -> None:
         "--warm-up": wanted.warm_up,
         "--hbm-cost": wanted.hbm_cost,
     }
-    for option, value in numbers.items():
-        if value is not None and not isfinite(value):
-            raise ConfigError(f"{option} {value}: allowed are finite numbers")
+    for option, number in numbers.items():
+        if number is not None and not isfinite(number):
+            raise ConfigError(f"{option} {number}: allowed are finite numbers")
     if wanted.ram is None and wanted.profile is None:
         raise ConfigError("--ram: is required, the most that the host tier may have; only --profile goes without")
     needing = {"--hbm": wanted.hbm, "--target-tokens-per-s": wanted.target, "--save-machine": wanted.save_machine}
