@@ -1,5 +1,6 @@
 """The command line, as a shell sees it: exit codes, one-line errors, tables packed and replayed, the demo."""
 
+import contextlib
 import re
 from collections.abc import Callable
 from importlib.metadata import version
@@ -16,8 +17,10 @@ from typer.testing import CliRunner, Result
 
 from tiercache import cli, demo
 from tiercache.demo import FormulaRows, WrongBytes, run
+from tiercache.errors import FormatError
 from tiercache.lab.formats import save_csv, save_oracle
 from tiercache.lab.synthetic import zipf
+from tiercache.lab.tokens import load_tokens
 from tiercache.lab.trace import Trace
 from tiercache.storage.pack import pack_rows
 from tiercache.store import Store
@@ -139,6 +142,12 @@ def test_verify_names_the_damaged_page(invoke: Invoke, checkpoint: Path, tmp_pat
         (["replay", "--config", "nowhere.toml"], 2, "nowhere.toml"),
         (["replay", "--limit", "9", "--capacity", "plenty"], 2, "'plenty'"),
         (["replay", "--limit", "9", "--capacity", "0"], 2, "'0'"),
+        (["replay", "--limit", "9", "--capacity", "\N{SUPERSCRIPT TWO}"], 2, "allowed are a number of bytes above zero"),
+        (["replay", "--limit", "9", "--capacity", "263"], 2, "--capacity '263': holds no row of 264 bytes; allowed are 264"),
+        (["replay", "--limit", str(2**34)], 2, "--limit 17179869184: allowed are numbers up to 8589934592"),
+        (["replay", "--batch", str(2**65)], 2, "--batch 36893488147419103232: allowed are numbers up to"),
+        (["replay", "--rows", str(2**41)], 2, "--rows 2199023255552: allowed are numbers up to 1099511627776"),
+        (["replay", "--synthetic", "zipf", "--batch", str(2**32)], 2, "--limit, --batch: 8589934592000 rows would be made up"),
         (["replay", "--limit", "9", "--policy", "best"], 2, "'best'"),
         (["replay", "--limit", "9", "--rows", "5"], 2, "num_rows = 5"),
         (["replay", "--limit", "9", "--vocabulary", "5"], 2, "outside 0..4"),
@@ -186,6 +195,20 @@ def test_replay_simulates_policies_at_sizes(invoke: Invoke) -> None:
     rows = [(line[0], line[1]) for line in lines if line and line[0] in ("lru", "fifo")]
     assert rows == [("lru", "0.2"), ("fifo", "0.2"), ("lru", "0.1"), ("fifo", "0.1")]
     assert all(name in result.output for name in ("static", "Belady", "unbounded"))
+
+
+@pytest.mark.parametrize("width", [200, 80, 20])
+def test_tables_have_every_digit_however_narrow_the_terminal(config: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    config.write_text(config.read_text() + '[device]\ndevice = "cpu"\ncapacity = "16KiB"\npolicy = "sieve"\n')
+    monkeypatch.setattr(cli, "console", Console(width=width))
+    options = ["replay", "--limit", "3000", "--config", str(config), "--simulate"]
+    printed = CliRunner().invoke(cli.app, options).stdout
+    monkeypatch.setattr(cli, "console", Console(width=500))
+    assert [line.split() for line in printed.splitlines() if "─" not in line] == [
+        line.split() for line in CliRunner().invoke(cli.app, options).stdout.splitlines() if "─" not in line
+    ]
+    assert "…" not in printed
+    assert "device, sieve" in printed
 
 
 def test_replay_through_a_store_counts_what_the_simulator_counts(invoke: Invoke, config: Path) -> None:
@@ -308,6 +331,35 @@ def test_traces_of_others_are_replayed(invoke: Invoke, config: Path, tmp_path: P
     save_csv(tmp_path / "t.csv", zipf(5001, batches=100, size=500))
     refused = invoke("replay", "--trace", tmp_path / "t.csv", "--config", config)
     assert (refused.exit_code, "has row 5000; the table has rows 0 to 4999" in refused.stderr) == (1, True)
+
+
+def test_a_tier_has_no_more_slots_than_there_are_rows(invoke: Invoke, tmp_path: Path) -> None:
+    trace = zipf(5000, batches=100, size=50)
+    save_csv(tmp_path / "t.csv", trace)
+    for options, rows in (
+        (("--trace", tmp_path / "t.csv"), np.unique(trace.rows).size),
+        (("--synthetic", "zipf", "--rows", 7000, "--limit", 10), 7000),
+    ):
+        result = invoke("replay", *options, "--capacity", "1000TiB", "--policy", "lru", "--record-bytes", 1 << 20)
+        assert result.exit_code == 0, result.output
+        (line,) = [line.split() for line in result.stdout.splitlines() if line.startswith(" lru")]
+        assert line[1] == f"{rows:,}.0"
+        assert line[2] == line[5], "as unbounded"
+
+
+def test_a_damaged_text_is_an_error_that_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "text.npz"
+    for save, step in ((np.savez, 3), (np.savez_compressed, 1)):
+        save(path, tokens=np.arange(100) % 70)
+        whole = path.read_bytes()
+        for at in range(0, len(whole), step):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+            with contextlib.suppress(FormatError, OSError):
+                load_tokens(path)
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes(20) + whole[middle + 20 :])
+    with pytest.raises(FormatError, match=r"text\.npz: not a token stream"):
+        load_tokens(path)
 
 
 def test_a_trace_of_tokens_is_the_text(invoke: Invoke, tmp_path: Path) -> None:

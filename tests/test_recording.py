@@ -638,6 +638,18 @@ def test_blocks_that_do_not_add_up_are_damage(tmp_path: Path) -> None:
         Recording(path)
 
 
+@pytest.mark.parametrize(
+    "tables",
+    [[("a", 0, 8)], [("a", 2**48 + 1, 8)], [("a", -1, 8)], [("a", 9, 0)], [("a", 9, 2**24 + 1)], [("a", 9, 8), ("a", 9, 8)],
+     [("a", 2**48, 8), ("b", 1, 8)]],
+)  # fmt: skip
+def test_a_head_of_senseless_tables_is_refused(tmp_path: Path, tables: list) -> None:
+    path = tmp_path / "rows.trace"
+    path.write_bytes(head_block([RecordedTable(*table, "") for table in tables]))
+    with pytest.raises(FormatError, match=r"rows\.trace: not a recording of a store: its head is not one .*: tables"):
+        Recording(path)
+
+
 def test_damage_is_an_error_of_values() -> None:
     assert issubclass(Damaged, ValueError)
 

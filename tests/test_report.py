@@ -249,6 +249,38 @@ def test_a_store_that_began_warm_is_not_divided(made: Reports, tmp_path: Path) -
     assert "served" not in page.figures
 
 
+@pytest.mark.parametrize("more", [["--simulate"], []], ids=["simulated", "live"])
+def test_tiers_that_begin_with_a_hot_set_are_under_no_bound(made: Reports, tmp_path: Path, more: list[str]) -> None:
+    here = made["one"].path.parent
+    config = (here / "one.toml").read_text().replace('"table"', f'"{here}/table"').replace("256KiB", "4MiB")
+    (tmp_path / "cold.toml").write_text(config)
+    (tmp_path / "hot.toml").write_text(config + 'hot_set = "hot.npy"\n')
+    (tmp_path / "fixed.toml").write_text(config + 'policy = "static"\nhot_set = "hot.npy"\n')
+    np.save(tmp_path / "hot.npy", np.arange(10_000))
+    false = ("no policy", "no size", "No policy", "nobody had asked", "Best possible")
+    for name in ("hot", "cold", "fixed"):
+        warm = name == "hot"
+        report = make(tmp_path / "page.html", "--limit", 500, "--config", tmp_path / f"{name}.toml", *more)
+        text = report.path.read_text()
+        assert [each in text for each in false] == [not warm] * len(false)
+        assert ("did not begin empty; the bounds" in report.printed) == warm
+        assert (text.count("did not begin empty") == 3) == warm, "in the lede, beside the table, and instead of the bars"
+        assert ("served" in report.page.figures) != warm
+        hits, _, belady, unbounded, *_ = [float(cell) for cell in re.findall(r"([\d.]+)%", report.printed)]
+        assert (hits > unbounded) == warm
+        assert belady <= unbounded
+
+
+def test_an_image_that_a_simulation_leaves_out_is_told(made: Reports, tmp_path: Path) -> None:
+    here = made["one"].path.parent
+    config = (here / "one.toml").read_text().replace('"table"', f'"{here}/table"')
+    (tmp_path / "warm.toml").write_text('restore = "image"\n' + config)
+    report = make(tmp_path / "page.html", "--limit", 500, "--config", tmp_path / "warm.toml", "--simulate")
+    assert "What the config restores is not simulated." in report.printed
+    assert "What the config restores is not simulated." in report.page.ids["about"]
+    assert "did not begin empty" not in report.path.read_text()
+
+
 def test_a_long_trace_is_sampled_and_says_how_far_off_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "SAMPLED_ROWS", 40_000)
     options = ("--synthetic", "zipf", "--limit", 800, "--batch", 500, "--rows", 200_000)

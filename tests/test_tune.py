@@ -315,6 +315,16 @@ def test_toml_is_laid_out_to_be_read() -> None:
         toml.dumps({"a": None})
 
 
+def test_a_comment_stays_one() -> None:
+    head = ["one\nrestore = 1\r\ntwo\rthree\x85\u2028four", "", "a\x00b\x1fc\x7f\ud800"]
+    text = toml.dumps({"a": 1}, head=head, comments={"b": ["x\ny = 2"]})
+    assert tomllib.loads(text) == {"a": 1}
+    assert tomllib.loads(toml.dumps({"b": {"a": 1}}, comments={"b": ["x\ny = 2"]})) == {"b": {"a": 1}}
+    assert text.splitlines()[1] == "# restore = 1"
+    assert "# a?b?c??" in text.encode().decode()
+
+
+
 def figures(**changes: object) -> dict:
     return STACKED.model_dump() | changes
 
@@ -338,6 +348,9 @@ def test_figures_are_loaded_as_they_were_written(machine: Machine, tmp_path: Pat
         (figures(resident={"rows": [], "seconds": []}), "resident.rows: "),
         (figures(disk=DISK.model_dump() | {"byte_seconds": -1}), "disk.byte_seconds = -1: "),
         (figures(disk=DISK.model_dump() | {"seconds": [float("inf"), 1]}), r"disk: seconds = \[inf, 1.0\]"),
+        (figures(disk=DISK.model_dump() | {"alignment": 513}), "disk.alignment = 513: allowed are powers of two up to 1048576"),
+        (figures(disk=DISK.model_dump() | {"alignment": 1 << 21}), "disk.alignment = 2097152: allowed are powers of two"),
+        (figures(about="one\ntwo"), r"about = 'one\\ntwo': allowed is text without control characters"),
         (figures(disk=DISK.model_dump() | {"depth": 4}), "disk.depth: unknown"),
     ],
 )

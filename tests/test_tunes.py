@@ -200,6 +200,10 @@ def test_a_target_out_of_reach_is_an_error_that_says_what_binds(
         ({"rows_per_token": None}, 2, "--rows-per-token: is required for a trace of rows"),
         ({"trace": None}, 2, "--rows-per-token: is not for a text, which has 16 rows a token by its hashing"),
         ({"warm_up": 1}, 2, "--warm-up, --sample: warm_up = 1.0: leaves no batch to count of 300"),
+        ({"sample": 1e-9}, 2, "--sample 1e-09: leaves 720 of 12,000 rows asked for, which tell too little; allowed are shares"),
+        ({"rows_per_token": "inf"}, 2, "--rows-per-token inf: allowed are finite numbers"),
+        ({"target_tokens_per_s": "inf"}, 2, "--target-tokens-per-s inf: allowed are finite numbers"),
+        ({"ram": "\N{SUPERSCRIPT TWO}"}, 2, "allowed are a number of bytes above zero"),
         ({"sample": 2}, 2, "--warm-up, --sample: rate = 2.0: allowed are shares above 0, up to 1"),
         ({"trace": "more.csv"}, 1, "more.csv: has row 3000; the table has rows 0 to 2999"),
         ({"trace": "empty.csv"}, 1, "empty.csv: holds no rows to replay"),
@@ -291,6 +295,16 @@ def test_what_is_measured_is_kept(tune: Tune, there: Path, monkeypatch: pytest.M
     assert result.exit_code == 0, result.output
     assert Machine.load(there / "here.toml") == ALONE
     assert result.stdout == tune(machine="here.toml").stdout
+
+
+def test_names_are_no_markup(tune: Tune, there: Path) -> None:
+    bold = ALONE.model_copy(update={"about": "a [b]bold[/b] one [/]"})
+    (there / "alone.toml").write_text(toml.dumps(bold.model_dump(exclude_none=True)))
+    result = tune(target_tokens_per_s=1, out="[b]new[].toml", profile="[b].npy")
+    assert result.exit_code == 0, result.output
+    assert "machine: a [b]bold[/b] one [/]\n" in result.stdout
+    assert "\n[b]new[].toml: written\n" in result.stdout
+    assert result.stdout.startswith("[b].npy: ")
 
 
 def test_tiers_that_a_sample_says_nothing_about_are_not_tried(tune: Tune) -> None:

@@ -31,6 +31,11 @@ def _tell(message: str, style: str) -> None:
     Console(stderr=True).print(f"tiercache: {message}", style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+def _say(message: str) -> None:
+    """A line on stdout, as it is: names in it are no markup."""
+    console.print(message, soft_wrap=True, markup=False, emoji=False)
+
+
 class _Commands(TyperGroup):
     """Commands whose expected errors are one line and an exit code: 2 for a wrong setting, 1 for the rest."""
 
@@ -95,10 +100,7 @@ def pack(
     for note in report.notes:
         _tell(f"note: {note}", "yellow")
     rate = report.num_bytes / report.seconds / 2**20
-    console.print(
-        f"{report.path}: {report.num_rows:,} rows of {report.record_bytes} B, {rate:,.0f} MiB/s",
-        soft_wrap=True,
-    )
+    _say(f"{report.path}: {report.num_rows:,} rows of {report.record_bytes} B, {rate:,.0f} MiB/s")
 
 
 @app.command()
@@ -107,8 +109,8 @@ def verify(path: Annotated[Path, typer.Argument(help="Packed table, a directory.
     with _byte_progress() as progress:
         report = packing.verify(path, progress=progress)
     for page in report.bad[:20]:
-        console.print(f"{page.file}: page {page.page}, from row {page.first_row}, is damaged", soft_wrap=True)
-    console.print(f"{report.num_pages:,} pages of {path}, {len(report.bad):,} damaged", soft_wrap=True)
+        _say(f"{page.file}: page {page.page}, from row {page.first_row}, is damaged")
+    _say(f"{report.num_pages:,} pages of {path}, {len(report.bad):,} damaged")
     if report.bad:
         raise typer.Exit(1)
 

@@ -1,4 +1,4 @@
-"""The configuration of a store: every setting with its default, unit and reason. Read by `store` and `cli` only.
+"""The configuration of a store: every setting with its default, unit and reason. Nothing below `store` reads it.
 
 The first six settings say what a store does, the two sections how fast. `StoreConfig.load` takes a TOML file or a
 mapping of the same shape; whatever it refuses is a ConfigError that names the field, the value and what is allowed.

@@ -115,7 +115,8 @@ def run(
         title=f"N-gram rows of {text.tokens.size:,} tokens of real text, {SEQUENCES} sequences served together",
         mark_slots=replay.capacity,
     )
-    console.print(f"Hit rate against cache size, every policy and the bounds: {picture}", soft_wrap=True)
+    said = f"Hit rate against cache size, every policy and the bounds: {picture}"
+    console.print(said, soft_wrap=True, markup=False, emoji=False)
     return Result(replay, trace.rows.size, picture)
 
 
@@ -123,7 +124,7 @@ def _make_table(config: Mapping[str, Any], rows: FormulaRows, console: Console) 
     path: Path = config["table"][0]["path"]
     size = f"{rows.num_rows:,} rows of {RECORD.record_bytes} B, {rows.num_rows * RECORD.record_bytes / 2**30:.1f} GiB"
     if path.exists() and _holds(config, rows):
-        console.print(f"Table of {size}, from an earlier run: {path}", soft_wrap=True)
+        console.print(f"Table of {size}, from an earlier run: {path}", soft_wrap=True, markup=False, emoji=False)
         return
     shutil.rmtree(path, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,8 @@ from tiercache.report import measure
 from tiercache.report.facts import Subject
 from tiercache.report.file import Save, report_file
 from tiercache.report.page import page
-from tiercache.report.rows import COLUMNS, result_rows, title
+from tiercache.report.printed import print_whole
+from tiercache.report.rows import COLUMNS, WARM, result_rows, title
 from tiercache.report.subject import Text, of_rows, of_text
 from tiercache.storage import open_table
 from tiercache.storage.table import FileTable
@@ -41,6 +42,11 @@ _NUM_ROWS = 8_134_407
 _MADE_UP = {"zipf": synthetic.zipf, "shifting": synthetic.shifting, "scanning": synthetic.scanning}
 _BATCHES, _SIZE, _TOKENS = 2000, 1000, 200_000
 """Of what is made up."""
+
+_MOST_ASKED, _MOST_ROWS = 1 << 33, 1 << 40
+"""Rows that may be made up or asked for at once, and rows of a table."""
+
+_NO_IMAGE = "What the config restores is not simulated."
 
 
 class What(NamedTuple):
@@ -138,6 +144,19 @@ def require_sense(what: What, simulated: Simulated, config: Path | None, name: s
     ):
         if value is not None and value not in allowed:
             raise ConfigError(f"{option} {value!r}: allowed are {', '.join(allowed)}")
+    _require_numbers(what, simulated.num_rows)
+
+
+def _require_numbers(what: What, num_rows: int | None) -> None:
+    """ConfigError for numbers that no memory is large enough for."""
+    for option, value, most in (
+        ("--limit", what.limit, _MOST_ASKED), ("--batch", what.batch, _MOST_ASKED), ("--rows", num_rows, _MOST_ROWS)
+    ):  # fmt: skip
+        if value is not None and value > most:
+            raise ConfigError(f"{option} {value}: allowed are numbers up to {most}")
+    made_up = (what.limit or _BATCHES) * (what.batch or _SIZE)
+    if what.synthetic in _MADE_UP and made_up > _MOST_ASKED:
+        raise ConfigError(f"--limit, --batch: {made_up} rows would be made up; allowed are {_MOST_ASKED} or fewer")
 
 
 def _refuse(options: Mapping[str, object], why: str) -> None:
@@ -155,9 +174,11 @@ def _run_policies(what: What, simulated: Simulated, console: Console, report: Wa
     if tables:
         _refuse({"--rows": simulated.num_rows}, "is not for a recording, which knows its tables")
     record_bytes = simulated.record_bytes or (max(table.record_bytes for table in tables) if tables else _RECORD_BYTES)
-    sizes = [max(1, _bytes(size) // record_bytes) for size in simulated.capacity or ["64MiB"]]
+    slots = [bytes_of("--capacity", size, record_bytes) // record_bytes for size in simulated.capacity or ["64MiB"]]
     num_rows = simulated.num_rows or (None if what.family != "demo" else _NUM_ROWS)
     wanted = _trace(what, num_rows, tables)
+    most = _most_slots(what, wanted, num_rows, tables)
+    sizes = [min(each, most) for each in slots]
     with progress(f"Simulating {wanted.rows.size:,} rows", len(sizes) * (len(policies) + 1)) as done:
         results = sweep(wanted, policies, sizes, record_bytes=record_bytes, processes=simulated.processes, done=done)
     _print_replays(console, results)
@@ -168,6 +189,15 @@ def _run_policies(what: What, simulated: Simulated, console: Console, report: Wa
         report.save(page(facts))
 
 
+def _most_slots(what: What, trace: Trace, num_rows: int | None, tables: list[RecordedTable] | None) -> int:
+    """Slots that a tier may ever use: one for each row of the tables, or of the trace where only that is known."""
+    if tables:
+        return sum(table.num_rows for table in tables)
+    if num_rows is not None and (what.trace is None or what.hashed):
+        return num_rows
+    return int(np.unique(trace.rows).size)
+
+
 def _run_tiers(what: What, config: StoreConfig, name: str | None, console: Console, report: Wanted | None) -> None:
     tables = tables_of(what, files_of(config))
     wanted = trace_on(what, tables, name)
@@ -175,9 +205,13 @@ def _run_tiers(what: What, config: StoreConfig, name: str | None, console: Conso
     with progress(f"Planning {wanted.rows.size:,} rows", wanted.num_batches) as done:
         result = replay_tiers(config, tables, wanted, uses, on_batch=done)
     _print_replays(console, [result], config.group_rows)
+    if config.restore is not None:
+        console.print(_NO_IMAGE, soft_wrap=True, highlight=False)
     if report is not None:
         table, base = _table_of(what, tables, name)
         subject = _subject(what, report, table.num_rows, tables, base)
+        if config.restore is not None:
+            subject = subject._replace(about=(*subject.about, ("image", _NO_IMAGE)))
         with _measuring() as steps:
             facts = measure.of_tiers(subject, config, tables, wanted, uses, result, steps)
         report.save(page(facts))
@@ -329,11 +363,15 @@ def _require_rows(path: Path, trace: Trace, num_rows: int | None) -> None:
         raise FormatError(f"{path}: has row {most}; the table has rows 0 to {num_rows - 1}")
 
 
-def _bytes(text: str) -> int:
+def bytes_of(option: str, text: str, least: int) -> int:
+    """Bytes that an option says. ConfigError for what is no size, or less than the `least` bytes that a row takes."""
     try:
-        return parse_bytes(int(text) if text.isdigit() else text)
+        num_bytes = parse_bytes(int(text) if text.isascii() and text.isdigit() else text)
     except ValueError as error:
-        raise ConfigError(f"capacity {text!r}: {error}") from None
+        raise ConfigError(f"{option} {text!r}: {error}") from None
+    if num_bytes < least:
+        raise ConfigError(f"{option} {text!r}: holds no row of {least} bytes; allowed are {least} bytes or more")
+    return num_bytes
 
 
 @contextmanager
@@ -353,4 +391,6 @@ def _print_replays(console: Console, results: list[Replay], group_rows: int = 1)
         column.justify = "right"
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    print_whole(console, table)
+    if any(each.warm for each in results):
+        console.print(WARM, soft_wrap=True, highlight=False)

@@ -13,6 +13,7 @@ from rich.table import Table
 from tiercache.config import DeviceConfig
 from tiercache.lab import toml
 from tiercache.lab.tune import Prediction, Predictor, Sizes
+from tiercache.report.printed import print_whole
 
 _GIB = 1 << 30
 _UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
@@ -63,7 +64,7 @@ def _print(console: Console, tier: str, predict: Predictor, sizes: Sequence[Size
     for each in sizes:
         gain = f"{gains_of(predict, each)[tier]:+,.0f}"
         table.add_row(*_cells(predict(each)), gain, "<-" if each == here else "")
-    console.print(table)
+    print_whole(console, table)
 
 
 def _cells(each: Prediction) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import platform
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from tiercache import replays
 from tiercache.assemble import stride_of
-from tiercache.config import DeviceConfig, StoreConfig, parse_bytes
+from tiercache.config import DeviceConfig, StoreConfig
 from tiercache.errors import ConfigError
 from tiercache.lab import toml
 from tiercache.lab.bounds import uses_of
@@ -28,6 +29,9 @@ from tiercache.tuned import gains_of, print_tables, size_of, tuned_config
 
 _HOST_STEPS, _DEVICE_STEPS = 8, 2
 """Sizes to an octave, which are 9 % and 41 % apart."""
+
+_LEAST_SAMPLED = 1000
+"""Rows asked for that a sample of a trace leaves at least: fewer say nothing of sizes."""
 
 _Size = TypeVar("_Size", int, int | None)
 
@@ -101,7 +105,7 @@ def _tune(predict: Predictor, path: Path, limits: Sizes, wanted: Wanted, console
     here = Sizes(devices[-1], hosts[-1]) if sizes is None else sizes
     print_tables(console, predict, _octaves(devices, _DEVICE_STEPS), _octaves(hosts, _HOST_STEPS), here)
     for line in _remarks(predict, here):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
     if wanted.target is None:
         return
     if sizes is None:
@@ -115,7 +119,7 @@ def _tune(predict: Predictor, path: Path, limits: Sizes, wanted: Wanted, console
     console.print(f"one more GiB, in tokens/s: {told}", highlight=False)
     if wanted.out is not None:
         _write(wanted.out, tuned_config(path, wanted.out, predict, sizes, target=wanted.target))
-        console.print(f"{wanted.out}: written", soft_wrap=True, highlight=False)
+        console.print(f"{wanted.out}: written", soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def _octaves(sizes: Sequence[_Size], steps: int) -> list[_Size]:
@@ -149,15 +153,22 @@ def _rows_per_token(what: replays.What, tables: list[RecordedTable], wanted: Wan
 
 def _asked(trace: Trace, wanted: Wanted) -> Asked:
     try:
-        return ask(trace, warm_up=wanted.warm_up, rate=wanted.rate)
+        asked = ask(trace, warm_up=wanted.warm_up, rate=wanted.rate)
     except ValueError as error:
         raise ConfigError(f"--warm-up, --sample: {error}") from None
+    if asked.rate < 1 and asked.trace.rows.size < _LEAST_SAMPLED:
+        raise ConfigError(
+            f"--sample {wanted.rate}: leaves {asked.trace.rows.size:,} of {trace.rows.size:,} rows asked for, which tell too "
+            f"little; allowed are shares that leave {_LEAST_SAMPLED:,}"
+        )
+    return asked
 
 
 def _measured(config: StoreConfig, files: list[FileTable], wanted: Wanted) -> Machine:
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     cpu = model[1] if model else platform.machine()
     about = f"{cpu}, {os.cpu_count()} cores, {files[0].files[0].path}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    about = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in about)
     with replays.progress("Measuring this machine", STEPS) as done:
         machine = measure(config, files, about=about, done=done)
     if wanted.save_machine is not None:
@@ -170,7 +181,8 @@ def _write_profile(path: Path, trace: Trace, console: Console) -> None:
     rows = uses_of(trace).hottest(trace.rows.size)
     with failures(path), path.open("xb") as file:
         np.save(file, rows)
-    console.print(f"{path}: {rows.size:,} rows, the most used first", soft_wrap=True, highlight=False)
+    said = f"{path}: {rows.size:,} rows, the most used first"
+    console.print(said, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def _write(path: Path, text: str) -> None:
@@ -179,6 +191,15 @@ def _write(path: Path, text: str) -> None:
 
 
 def _require_sense(wanted: Wanted) -> None:
+    numbers = {
+        "--rows-per-token": wanted.rows_per_token,
+        "--target-tokens-per-s": wanted.target,
+        "--warm-up": wanted.warm_up,
+        "--hbm-cost": wanted.hbm_cost,
+    }
+    for option, number in numbers.items():
+        if number is not None and not isfinite(number):
+            raise ConfigError(f"{option} {number}: allowed are finite numbers")
     if wanted.ram is None and wanted.profile is None:
         raise ConfigError("--ram: is required, the most that the host tier may have; only --profile goes without")
     needing = {"--hbm": wanted.hbm, "--target-tokens-per-s": wanted.target, "--save-machine": wanted.save_machine}
@@ -203,20 +224,10 @@ def _limits(config: StoreConfig, tables: list[RecordedTable], wanted: Wanted) ->
     if wanted.ram is None:
         return None
     stride = stride_of((table.record_bytes for table in tables), config)
-    host = _bytes("--ram", wanted.ram, stride)
+    host = replays.bytes_of("--ram", wanted.ram, stride)
     if config.device is None:
         return Sizes(None, host)
-    return Sizes(config.device.capacity if wanted.hbm is None else _bytes("--hbm", wanted.hbm, stride), host)
-
-
-def _bytes(option: str, text: str, least: int) -> int:
-    try:
-        num_bytes = parse_bytes(int(text) if text.isdigit() else text)
-    except ValueError as error:
-        raise ConfigError(f"{option} {text!r}: {error}") from None
-    if num_bytes < least:
-        raise ConfigError(f"{option} {text!r}: holds no row of {least} bytes; allowed are {least} bytes or more")
-    return num_bytes
+    return Sizes(config.device.capacity if wanted.hbm is None else replays.bytes_of("--hbm", wanted.hbm, stride), host)
 
 
 def _require_fit(machine: Machine, wanted: Wanted, config: StoreConfig, tables: list[RecordedTable]) -> None:

@@ -10,12 +10,13 @@
 
 import os
 import tomllib
+import unicodedata
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tiercache.errors import ConfigError
 
@@ -83,8 +84,15 @@ class DiskFigures(_Section):
     byte_seconds: _Seconds
     """Each byte more of a longer read."""
     alignment: Annotated[int, Field(ge=1)] = 512
-    """Bytes that offsets and lengths of reads are multiples of."""
+    """Bytes that offsets and lengths of reads are multiples of: a power of two, up to 1 MiB."""
     engine: str = ""
+
+    @field_validator("alignment")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value > 1 << 20 or value & (value - 1):
+            raise ValueError("allowed are powers of two up to 1048576")
+        return value
 
     @model_validator(mode="after")
     def _curve(self) -> Self:
@@ -101,6 +109,13 @@ class Machine(_Section):
     resident: Resident
     below: Below | None = None
     disk: DiskFigures
+
+    @field_validator("about")
+    @classmethod
+    def _one_line(cls, value: str) -> str:
+        if any(unicodedata.category(character) == "Cc" for character in value):
+            raise ValueError("allowed is text without control characters")
+        return value
 
     @model_validator(mode="after")
     def _below_a_device(self) -> Self:

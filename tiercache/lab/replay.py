@@ -37,6 +37,7 @@ class Replay(NamedTuple):
     device      the tier above the host's, or None
     slot_bytes  bytes of a slot of either tier; in a simulation of policies, of a record
     bytes_missed  bytes of the records that no tier had
+    warm        whether a tier began with rows: then it may have more hits than the bounds, which are of tiers that begin empty
     """
 
     tier: str
@@ -49,6 +50,7 @@ class Replay(NamedTuple):
     device: TierCounts | None = None
     slot_bytes: int = 0
     bytes_missed: int = 0
+    warm: bool = False
 
     @property
     def amplification(self) -> float:
@@ -91,6 +93,7 @@ def replay_tiers(
 
     uses: `uses_of(in_groups(trace, config.group_rows))`.
     """
+    tiers = [tier for tier in (config.device, config.host) if tier is not None]
     *above, host = simulate_tiers(config, tables, trace, on_batch=on_batch)
     device = above[0] if above else None
     num_missed = host.counts.misses * config.group_rows
@@ -106,6 +109,7 @@ def replay_tiers(
         device=device,
         slot_bytes=host.slot_bytes,
         bytes_missed=missed,
+        warm=any(tier.hot_set is not None and tier.policy != "static" for tier in tiers),
     )
 
 
@@ -155,6 +159,7 @@ def replay_live(
         device=device,
         slot_bytes=host.slot_bytes,
         bytes_missed=_missed(num_missed, widths, [store.num_rows(name) for name in names], trace),
+        warm=any(tier is not None and tier.used_slots > 0 for tier in (before.device, before.host)),
     )
 
 

@@ -2,8 +2,10 @@
 
 import os
 from pathlib import Path
+from tokenize import TokenError
 from typing import NamedTuple
-from zipfile import is_zipfile
+from zipfile import BadZipFile, is_zipfile
+from zlib import error as ZlibError
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,10 @@ SHIPPED = Path(__file__).parent.parent / "data" / "public_domain.npz"
 
 SHIPPED_VOCABULARY = 129_280
 """Token ids of the shipped stream are below this."""
+
+
+_DAMAGE = (ValueError, KeyError, TypeError, BadZipFile, ZlibError, EOFError, NotImplementedError, RuntimeError, TokenError)
+"""What numpy and zipfile raise for archives that are damaged, encrypted, or of a kind that they do not read."""
 
 
 class TokenStream(NamedTuple):
@@ -34,14 +40,17 @@ def load_tokens(path: str | os.PathLike[str] = SHIPPED) -> TokenStream:
 
     Raises FormatError where the file holds something else, OSError where it cannot be read.
     """
-    with open(path, "rb") as file:
-        if not is_zipfile(file):
-            raise FormatError(f"{path}: not an .npz file")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            tokens = archive["tokens"].astype(np.int64, casting="same_kind")
-            documents = archive.get("documents", np.array([tokens.size])).astype(np.int64, casting="same_kind")
-    except (ValueError, KeyError, TypeError) as error:
+        with open(path, "rb") as file:
+            if not is_zipfile(file):
+                raise FormatError(f"{path}: not an .npz file")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                tokens = archive["tokens"].astype(np.int64, casting="same_kind")
+                documents = archive.get("documents", np.array([tokens.size])).astype(np.int64, casting="same_kind")
+    except FormatError:
+        raise
+    except _DAMAGE as error:
         raise FormatError(f"{path}: not a token stream: {error}") from error
     if tokens.ndim != 1 or documents.ndim != 1 or documents.sum() != tokens.size:
         raise FormatError(f"{path}: documents of {documents.sum()} tokens in all, but tokens of shape {tokens.shape}")

@@ -5,6 +5,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+"""What TOML has in no comment, beside the ends of lines."""
+
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -39,7 +42,10 @@ def _sections(value: object) -> bool:
 
 
 def _comment(lines: Sequence[str]) -> str:
-    return "\n".join(f"# {line}".rstrip() for line in lines)
+    """Each line behind a #, also those within a text of several; what UTF-8 or TOML cannot have there is replaced."""
+    parts = [part for line in lines for part in line.splitlines() or [""]]
+    text = "\n".join(f"# {_CONTROL.sub('?', part)}".rstrip() for part in parts)
+    return text.encode(errors="replace").decode()
 
 
 def _pairs(section: Mapping[str, Any]) -> str:

@@ -8,11 +8,11 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tiercache.errors import FormatError
 from tiercache.native import lean, memcpy
@@ -83,7 +83,16 @@ class _Head(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     format: Literal[1]
-    tables: list[tuple[str, int, int, str]] = Field(min_length=1)
+    tables: list[
+        tuple[str, Annotated[int, Field(ge=1, le=1 << 48)], Annotated[int, Field(ge=1, le=1 << 24)], str]
+    ] = Field(min_length=1)
+
+    @field_validator("tables")
+    @classmethod
+    def _distinct(cls, tables: list[tuple[str, int, int, str]]) -> list[tuple[str, int, int, str]]:
+        if len({table[0] for table in tables}) < len(tables) or sum(table[1] for table in tables) > 1 << 48:
+            raise ValueError("allowed are tables of distinct names, with 2**48 rows in all")
+        return tables
 
 
 def head_block(tables: list[RecordedTable]) -> bytes:

@@ -101,7 +101,7 @@ class Facts(NamedTuple):
     made      when, and by which version
     mode      "policies", "tiers" (simulated) or "live"
     replays   as printed: policies at sizes, or the one of a store's tiers
-    served    empty where the live tiers began with rows, so that counts by kind are not known
+    served    empty where tiers began with rows: then those served accesses that no tier could have had, and bounds do not hold
     """
 
     subject: Subject
@@ -117,6 +117,11 @@ class Facts(NamedTuple):
     num_batches: int
     num_rows: int
     """Asked for, duplicates of a batch included."""
+
+    @property
+    def warm(self) -> bool:
+        """Whether tiers began with rows, so that the bounds are not theirs."""
+        return not self.served
 
 
 def best_of_sizes(replays: Sequence[Replay]) -> list[Replay]:

@@ -5,6 +5,7 @@ import numpy as np
 from tiercache.report import words
 from tiercache.report.facts import Facts, best_of_sizes
 from tiercache.report.html import Html, join, tag
+from tiercache.report.rows import WARM
 from tiercache.report.words import percent, short
 
 
@@ -42,8 +43,8 @@ def lede(facts: Facts) -> str:
     names = words.listed([f"{_size_of(facts, tier)} of {tier.split()[0].lower()} memory" for tier in tiers])
     done = "served" if facts.mode == "live" else "would serve"
     said = f"{names} {done} {_rate(facts, replay.hits)} of {short(facts.accesses)} accesses."
-    if not facts.served:
-        return f"{said} They did not begin empty; the bounds are those of tiers that do."
+    if facts.warm:
+        return f"{said} {WARM}"
     return (
         f"{said} No policy with as many slots could serve more than {_rate(facts, replay.bounds.belady)}, and "
         f"{_rate(facts, facts.touched_rows)} are for rows that nobody had asked for before."
@@ -57,7 +58,7 @@ def tiles(facts: Facts) -> list[tuple[str, str, str]]:
     slot_bytes = best.slot_bytes
     shown = [
         ("Hit rate", _rate(facts, best.hits), who),
-        ("Best possible", _rate(facts, best.bounds.belady), "Belady, same size"),
+        ("Belady from empty" if facts.warm else "Best possible", _rate(facts, best.bounds.belady), "Belady, same size"),
         ("Working set", words.size(facts.touched_rows * slot_bytes), f"{short(facts.touched_rows)} distinct rows"),
     ]
     if facts.mode == "live":

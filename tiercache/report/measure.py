@@ -110,7 +110,8 @@ def of_tiers(
         _choice(f"{curve.tier}, {curve.lines[0].name}", curve.lines[0].rates, sizes[tier], tiers[tier], replay.slot_bytes)
         for tier, curve in zip(tiers, curves, strict=True)
     ]
-    same = [each.counts for each in counted] == [each.counts for each in (replay.device, replay) if each is not None]
+    expected = [each.counts for each in (replay.device, replay) if each is not None]
+    same = not replay.warm and [each.counts for each in counted] == expected
     served = [_served_by_tiers(counted, missed, kinds, uses)] if same else []
     mode = "live" if replay.latency_ns.size else "tiers"
     return _facts(subject, mode, [replay], curves, choices, served, trace, uses)

@@ -7,6 +7,9 @@ from tiercache.lab.replay import Replay
 COLUMNS = ("MiB", "hits", "static", "Belady", "unbounded", "misses", "reads", "MiB read", "amplification")
 """Behind the name of the policy or the tier."""
 
+WARM = "The tiers did not begin empty; the bounds are those of tiers that do."
+"""Of a replay that is `warm`: it may have more hits than any bound."""
+
 
 def title(accesses: int, group_rows: int = 1) -> str:
     """What the shares are of."""

@@ -22,19 +22,20 @@ def results(facts: Facts) -> Html:
     used = [at for at in range(len(head)) if any(row[at] for row in body)]
     caption = rows.title(facts.replays[0].bounds.accesses)
     shown = [head[at] for at in used], [[row[at] for at in used] for row in body]
-    note = tag(
-        "p",
-        "Belady knows the future, static-optimal the totals, and an unbounded tier holds every row after its first use: "
-        "no policy has more hits than the first at the same size, and no size more than the last.",
-        class_="note",
-    )
-    return _section("results", "Result", table(caption, *shown, id_="numbers-results"), note)
+    said = "Belady knows the future, static-optimal the totals, and an unbounded tier holds every row after its first use"
+    if facts.warm:
+        said += f". {rows.WARM}"
+    else:
+        said += ": no policy has more hits than the first at the same size, and no size more than the last."
+    return _section("results", "Result", table(caption, *shown, id_="numbers-results"), tag("p", said, class_="note"))
 
 
 def size_curves(facts: Facts) -> Html:
     """A curve for each tier."""
     parts = [part for number, curve in enumerate(facts.curves) for part in _curve(curve, number, len(facts.curves) > 1)]
-    return _section("curves", "Hit rate by size", tag("p", _accuracy(facts)), *parts)
+    said = "Lines of policies begin with the hot sets of the config, or empty, whatever an image held; bounds begin empty."
+    warm = [tag("p", said, class_="note")] if facts.warm else []
+    return _section("curves", "Hit rate by size", tag("p", _accuracy(facts)), *warm, *parts)
 
 
 def _curve(curve: SizeCurve, number: int, several: bool) -> list[Html]:
@@ -96,8 +97,8 @@ def _choice_said(facts: Facts, choice: Choice) -> str:
 def served(facts: Facts) -> Html:
     """Where accesses were served, by tier and by kind."""
     by = tag("p", facts.subject.why)
-    if not facts.served:
-        why = "The tiers of the store did not begin empty, so that a simulation does not tell which rows they had."
+    if facts.warm:
+        why = "The tiers did not begin empty: they may have had rows before the first use, so accesses are not divided."
         return _section("served", "Where rows came from", by, tag("p", why, class_="note"))
     picked = np.unique(np.linspace(0, len(facts.served) - 1, min(_MOST_BARS, len(facts.served))).round().astype(int))
     parts = [facts.served[at] for at in picked]
