@@ -415,6 +415,31 @@ def test_memory_that_runs_out_ends_the_recording_and_is_told(tmp_path: Path, mon
         assert recording.stats().dropped_batches == 1
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_is_told_and_its_descriptors_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Encoder, block: Block) -> None:
+        raise ValueError("an error of ours")
+
+    with open_store() as store:
+        recording = store.record(tmp_path / "rows.trace")
+        monkeypatch.setattr(Encoder, "encode", fail)
+        store.fetch(np.arange(tap.WORTH_ROWS) % 1000, table="a")
+        recording._thread.join()
+        others = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(4)]
+        try:
+            assert recording._tap.wake in others
+            store.fetch(np.arange(tap.WORTH_ROWS) % 1000, table="a")
+            for other in others:
+                with pytest.raises(BlockingIOError):
+                    os.eventfd_read(other)
+        finally:
+            for other in others:
+                os.close(other)
+        assert "an error of ours" in str(recording.stats().error)
+        with pytest.raises(StorageError, match="has ended"):
+            recording.close()
+
+
 KILLED = """
 import os, sys, numpy as np
 from tiercache import Store

@@ -150,11 +150,9 @@ def _put(address: int, first: int, rows: Any) -> None:
         _add(address, TAKEN_BATCHES, int64(1))
         _add(address, TAKEN_ROWS, size)
         store64(address + 8 * LISTED, end)
-    if (
-        (at < 0 and stopped == 0)
-        or waiting < WORTH_ROWS <= waiting + size
-        or listed - done < MOST_BATCHES // 2 <= end - done
-    ):
+    if stopped == 0 and (
+        at < 0 or waiting < WORTH_ROWS <= waiting + size or listed - done < MOST_BATCHES // 2 <= end - done
+    ):  # one that is stopped may have closed its descriptor
         syscall(SYS_WRITE, load64(address + 8 * _WAKE), address + 8 * _ONE, 8, 0, 0, 0)
 
 
