@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tiercache import index
 from tiercache.ahead import announce_batch, ask_batch, cancel_lane
 from tiercache.curve import FIRST_NOTE, NOTED, NOTES_DUE, Curve, note_rows
-from tiercache.native import int64, lean, prefetch
+from tiercache.native import inlined, int64, lean, prefetch
 from tiercache.policies import LOOK_AHEAD
 from tiercache.policies.base import BYPASS, EMPTY, Policy, ask, ask_miss, on_hit, on_miss
 from tiercache.policies.expected import LEFT
@@ -254,7 +254,7 @@ def plan_batch(
     return _SERVED * int64(missing < 0) + _TAKE_NOTES * int64(counters[NOTED] >= NOTES_DUE)
 
 
-@lean
+@inlined
 def find_batch(
     slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, plan: Plan, idly: bool
 ) -> int:
@@ -268,7 +268,7 @@ def find_batch(
     return missing
 
 
-@lean
+@inlined
 def probe(
     slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, where: Any, held: Any
 ) -> tuple[int, int, int]:
@@ -330,7 +330,7 @@ def pin(slots: Any, counters: Any, held: Any) -> None:
         pins[slot] += np.int16(1)
 
 
-@lean
+@inlined
 def admit(
     slots: Any,
     table: Any,
@@ -382,7 +382,7 @@ def admit(
     return num_held, num_misses, staged
 
 
-@lean
+@inlined
 def claim(slots: Any, table: Any, counters: Any, state: Any, row: int, num_reads: int) -> int:
     """A slot for a row that is absent, pinned, now the row's own and waiting for `num_reads` reads; or BYPASS."""
     keys, pins = slots["key"], slots["pins"]

@@ -56,7 +56,7 @@ def lean(function: _Function) -> _Function:
 
 
 def inlined(function: _Function) -> _Function:
-    """`lean` for what is called once a row with a policy's whole state, whose dozens of words a call would have to copy.
+    """`lean` for what is called often with a policy's whole state, whose hundred words a call would have to copy.
 
     Its rare and long parts belong in functions of their own that are not.
     """

@@ -186,7 +186,7 @@ def ask_miss(state: State, key: int) -> None:
         prefetch(state.samples.ctypes.data + 8 * ((mix(key) * state.samples.size) >> 32))
 
 
-@lean
+@inlined
 def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     """The slot of the lowest index among those looked at."""
     if state.book[_LEFT] != EMPTY:
@@ -242,7 +242,7 @@ def _patrol(state: State, now: int) -> None:
         book[_HAND] = slot + 1 if slot + 1 < words.size else 0
 
 
-@lean
+@inlined
 def _victim(state: State, pins: Any, now: int, least: int, newcomer: int) -> int:
     """The slot to give up for a row of this index. BYPASS where none is worth less than `least`, where the lowest is pinned and
     the others are worth more than the newcomer, or where too many are pinned."""
@@ -260,7 +260,7 @@ def _victim(state: State, pins: Any, now: int, least: int, newcomer: int) -> int
     return int64(BYPASS)
 
 
-@lean
+@inlined
 def _look(state: State, pins: Any, now: int, lines: int, careful: bool, least: int) -> tuple[int, int, int]:
     """Draw neighbourhoods: (pinned slots met, slot of the lowest index below `least` or -1, its index). Looks at pins only if
     careful."""
@@ -332,20 +332,26 @@ def _anything(state: State, key: int, group: int, now: int) -> int:
     return int64(_NEVER)
 
 
-@lean
+@inlined
 def _recall(state: State, key: int, bits: int) -> int:
     """Uses of a row before it left, or 0; they are forgotten here, as the row is back."""
     line = _line_of(state, key)
     mark = (bits >> 8) & 0xFFF
-    for place in range(_GHOSTS):
+    found = int64(0)
+    for place in range(_GHOSTS):  # no way out, so that it takes few instructions
         ghost = int64(state.ghosts[line, place])
-        if ghost >> 4 == mark and ghost != 0:
-            state.ghosts[line, place] = 0
-            return ghost & 15
-    return int64(0)
+        found |= int64((ghost >> 4 == mark) & (ghost != 0)) << place
+    if found == 0:
+        return int64(0)
+    place = int64(0)
+    while (found >> place) & 1 == 0:
+        place += 1
+    uses = int64(state.ghosts[line, place]) & 15
+    state.ghosts[line, place] = 0
+    return uses
 
 
-@lean
+@inlined
 def _remember(state: State, key: int, uses: int, now: int) -> None:
     """Remember a row that left, in place of the least used of four. If they all were used again, they age."""
     line = _line_of(state, key)
@@ -362,7 +368,7 @@ def _remember(state: State, key: int, uses: int, now: int) -> None:
     state.ghosts[line, place] = ((bits >> 8) & 0xFFF) << 4 | uses
 
 
-@lean
+@inlined
 def _observe(state: State, key: int, bits: int, now: int, group: int) -> None:
     """A sampled row was used and is of this class now: how long after its use before?"""
     place = (mix(key) * state.samples.size) >> 32
