@@ -45,8 +45,8 @@ def main() -> None:
         window = _distinct(trace.rows, arguments.tokens * heads * together)
         for share in track(SHARES, name, transient=True):
             capacity = int(num_touched * share)
-            blind = _rate(Level(POLICIES[DEFAULT], capacity).replay(*trace))
-            larger = _rate(Level(POLICIES[DEFAULT], capacity + window).replay(*trace))
+            blind = _rate(Level(POLICIES[DEFAULT], capacity).replay(*trace)[0])
+            larger = _rate(Level(POLICIES[DEFAULT], capacity + window).replay(*trace)[0])
             ahead = _rate(replay_ahead(Level(POLICIES[DEFAULT], capacity), trace, announced))
             best = bounds(capacity, uses[0]).belady - bounds(capacity, uses[1]).belady
             belady = 100 * best / (trace.num_batches - trace.num_batches // 2)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiercache.config import StoreConfig
 from tiercache.engram.families import FAMILIES, hashed, order_edges
 from tiercache.lab.bounds import uses_of
-from tiercache.lab.kinds import Kinds, by_table, everything, replay_kinds
+from tiercache.lab.kinds import Kinds, by_table, everything
 from tiercache.lab.simulator import simulate
 from tiercache.lab.synthetic import shifting
 from tiercache.lab.tiers import simulate_kinds, simulate_tiers
@@ -34,7 +34,7 @@ def kind_of(row):
 @given(batches_of_rows, st.integers(1, 12), st.sampled_from(["lru", "s3fifo"]))
 def test_misses_are_counted_by_kind(batches, capacity, policy):
     trace = trace_of(batches)
-    missed = replay_kinds(Level(POLICIES[policy], capacity), *trace, KINDS)
+    _, missed = Level(POLICIES[policy], capacity).replay(*trace, KINDS.edges)
     level, wanted = Level(POLICIES[policy], capacity), [0, 0, 0]
     for rows in trace.batches():
         plan = level.plan(rows)

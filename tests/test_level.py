@@ -231,7 +231,8 @@ def test_replay_is_plan_after_plan():
             hits.append(plan.hits)
             planned.release(plan)
         offsets = np.append(0, np.cumsum([rows.size for rows in batches]))
-        assert replayed.replay(np.concatenate(batches), offsets).tolist() == hits
+        replayed_hits, _ = replayed.replay(np.concatenate(batches), offsets)
+        assert replayed_hits.tolist() == hits
         assert np.array_equal(replayed.counters, planned.counters)
         assert np.array_equal(replayed.slots["key"], planned.slots["key"])
 

@@ -200,13 +200,21 @@ class Level:
         """Bytes of the books."""
         return _nbytes((self.slots, self.table, self.seen, self.state)) + (self.curve.nbytes if self.curve else 0)
 
-    def replay(self, rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Plan the batches rows[offsets[b] : offsets[b + 1]] one after the other; their distinct hits, int64[b]."""
+    def replay(
+        self, rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], edges: npt.NDArray[np.int64] = _NO_ROWS
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Plan the batches rows[offsets[b] : offsets[b + 1]] one after the other.
+
+        edges: int64[k + 1] ascending, or none. Returns the distinct hits of each batch, int64[b], and the distinct misses of
+        the rows edges[k] : edges[k + 1], int64[k]; those of rows outside count for the first or the last.
+        """
         longest = int(np.diff(offsets).max(initial=0))
         self.make_room(longest)
         hits = np.empty(offsets.size - 1, np.int64)
-        replay(self.slots, self.table, self.seen, self.counters, self.state, rows, offsets, hits, new_plan(longest))
-        return hits
+        missed = np.zeros(max(edges.size - 1, 0), np.int64)
+        books = self.slots, self.table, self.seen, self.counters, self.state
+        replay(*books, rows, offsets, new_plan(longest), hits, edges, missed)
+        return hits, missed
 
     def release(self, plan: Plan) -> None:
         """Let go of the slots of a plan. A second time, or for a plan that was never made, it does nothing."""
@@ -440,20 +448,40 @@ def drop(slots: Any, table: Any, slot: int) -> None:
 
 @lean
 def replay(
-    slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, offsets: Any, batch_hits: Any, plan: Plan
+    slots: Any,
+    table: Any,
+    seen: Any,
+    counters: Any,
+    state: Any,
+    rows: Any,
+    offsets: Any,
+    plan: Plan,
+    batch_hits: Any,
+    edges: Any,
+    missed: Any,
 ) -> None:
-    """Plan batch after batch of a trace: rows int64[n], offsets int64[b + 1], batch_hits int64[b] (distinct, written).
-
-    plan: room for the longest batch.
-    """
+    """Plan batch after batch of a trace: see `Level.replay`. plan: room for the longest; batch_hits, missed: written."""
     for b in range(offsets.size - 1):
         batch = rows[offsets[b] : offsets[b + 1]]
         if batch.size <= 4 and offsets[b + 1] + 16 < rows.size:
             for i in range(offsets[b], offsets[b + 1]):
                 prefetch(index.address(table, rows[i + 16]))
+        plan.counts[PLAN_MISSES] = 0
         plan_batch(slots, table, seen, counters, state, batch, plan, 0, True)
         batch_hits[b] = plan.counts[PLAN_HITS]
+        if missed.size > 0:
+            _count_kinds(plan, edges, missed)
         release(slots, counters, plan)
+
+
+@lean
+def _count_kinds(plan: Plan, edges: Any, missed: Any) -> None:
+    """Count the misses of a batch between the edges."""
+    for i in range(plan.counts[PLAN_MISSES]):
+        row, kind = plan.all_misses[i], 0
+        while kind + 1 < missed.size and row >= edges[kind + 1]:
+            kind += 1
+        missed[kind] += 1
 
 
 @lean

@@ -1,15 +1,12 @@
 """Misses by kind of rows: of each table of a store, or of each order of n-grams, whose heads follow one another."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from tiercache import index
 from tiercache.lab.bounds import Uses
-from tiercache.level import PLAN_MISSES, Level, new_plan, plan_batch, release
-from tiercache.native import lean, prefetch
 
 
 class Kinds(NamedTuple):
@@ -41,44 +38,3 @@ def everything(name: str) -> Kinds:
 def by_table(names: Sequence[str], num_rows: Sequence[int]) -> Kinds:
     """The tables of a store, in the order in which their rows follow one another."""
     return Kinds(tuple(names), np.append(0, np.cumsum(num_rows)).astype(np.int64))
-
-
-def replay_kinds(
-    level: Level, rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], kinds: Kinds
-) -> npt.NDArray[np.int64]:
-    """`Level.replay`, and the distinct misses of each kind, int64[k]."""
-    longest = int(np.diff(offsets).max(initial=0))
-    level.make_room(longest)
-    missed = np.zeros(len(kinds.names), np.int64)
-    books = level.slots, level.table, level.seen, level.counters, level.state
-    _replay(*books, rows, offsets, new_plan(longest), kinds.edges, missed)
-    return missed
-
-
-@lean
-def _replay(
-    slots: Any,
-    table: Any,
-    seen: Any,
-    counters: Any,
-    state: Any,
-    rows: Any,
-    offsets: Any,
-    plan: Any,
-    edges: Any,
-    missed: Any,
-) -> None:
-    """Plan batch after batch of a trace, and count the misses of each kind. plan: room for the longest batch."""
-    for b in range(offsets.size - 1):
-        batch = rows[offsets[b] : offsets[b + 1]]
-        if batch.size <= 4 and offsets[b + 1] + 16 < rows.size:
-            for i in range(offsets[b], offsets[b + 1]):
-                prefetch(index.address(table, rows[i + 16]))
-        plan.counts[PLAN_MISSES] = 0
-        plan_batch(slots, table, seen, counters, state, batch, plan, 0, True)
-        for i in range(plan.counts[PLAN_MISSES]):
-            row, kind = plan.all_misses[i], 0
-            while kind + 1 < missed.size and row >= edges[kind + 1]:
-                kind += 1
-            missed[kind] += 1
-        release(slots, counters, plan)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tiercache import hot
 from tiercache.assemble import Beginning, beginning_of, level_of, most_rising, stride_of
 from tiercache.config import StoreConfig
-from tiercache.lab.kinds import Kinds, everything, replay_kinds
+from tiercache.lab.kinds import Kinds, everything
 from tiercache.lab.sampling import choose, limit_of, scaled
 from tiercache.lab.simulator import Counts
 from tiercache.lab.trace import Trace, in_groups
@@ -93,7 +93,7 @@ def simulate_kinds(
     device, host, stride, most = levels_of(config, tables, rate=rate)
     trace = in_groups(trace, config.group_rows)
     if device is None:
-        missed = replay_kinds(host, trace.rows, trace.offsets, kinds)
+        _, missed = host.replay(*trace, kinds.edges)
         return [_counts("host", host, stride)], ByKind(missed, missed)
     missed, found = np.zeros((2, len(kinds.names)), np.int64)
     for rows in trace.batches():

@@ -11,7 +11,7 @@ import numpy as np
 from tiercache.assemble import stride_of
 from tiercache.config import StoreConfig
 from tiercache.lab.bounds import Bounds, Uses, bounds, uses_of
-from tiercache.lab.kinds import Kinds, everything, replay_kinds
+from tiercache.lab.kinds import Kinds, everything
 from tiercache.lab.replay import Replay
 from tiercache.lab.sampling import Sample, sample
 from tiercache.lab.simulator import Counts, simulate
@@ -200,7 +200,7 @@ def _tier_curve(
 
 def _served_by_policy(replay: Replay, kinds: Kinds, trace: Trace, uses: Uses, done: Callable[[], Any]) -> Served:
     level = Level(POLICIES[replay.tier], replay.capacity)
-    missed = replay_kinds(level, trace.rows, trace.offsets, kinds)
+    _, missed = level.replay(*trace, kinds.edges)
     done()
     slot_bytes = replay.slot_bytes
     return _served(_title(replay.tier, replay.capacity * slot_bytes), ByKind(missed, missed), ("tier",), kinds, uses)

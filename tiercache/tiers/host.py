@@ -77,30 +77,25 @@ def gather_streaming(where: Any, memories: Memories, out: int, num_bytes: int, b
 
 
 @lean
-def gather_wide(where: Any, memories: Memories, out: int, num_bytes: int) -> None:
-    """`gather` for records of many lines: with each line that is copied, one of a record ahead is asked for."""
+def gather_wide(where: Any, memories: Memories, out: int, num_bytes: int, streaming: bool) -> None:
+    """`gather` for records of many lines: with each line that is copied, one of a record ahead is asked for.
+
+    streaming: past the caches; then `out` and `num_bytes` are multiples of 64.
+    """
     whole = num_bytes & ~63
     for i in range(where.size):
         source = _source(memories, int64(where[i]))
         ahead = _source(memories, int64(where[min(i + _WIDE_AHEAD, where.size - 1)]))
         for at in range(0, whole, 64):
             prefetch(ahead + at)
-            copy(out + at, source + at, 64)
+            if streaming:
+                stream(out + at, source + at, 64)
+            else:
+                copy(out + at, source + at, 64)
         copy(out + whole, source + whole, num_bytes - whole)
         out += num_bytes
-
-
-@lean
-def gather_wide_streaming(where: Any, memories: Memories, out: int, num_bytes: int) -> None:
-    """`gather_wide` for an output that no cache holds; `out` and `num_bytes` are multiples of 64."""
-    for i in range(where.size):
-        source = _source(memories, int64(where[i]))
-        ahead = _source(memories, int64(where[min(i + _WIDE_AHEAD, where.size - 1)]))
-        for at in range(0, num_bytes, 64):
-            prefetch(ahead + at)
-            stream(out + at, source + at, 64)
-        out += num_bytes
-    fence()
+    if streaming:
+        fence()
 
 
 @lean
@@ -146,8 +141,7 @@ def gather_to(where: npt.NDArray[np.int32], memories: Memories, out: int, num_by
     """`gather`, past the caches where the output is large."""
     is_large = where.size * num_bytes >= _LARGE_BYTES and not out % 64
     if num_bytes > _STREAM_BYTES:
-        wide = gather_wide_streaming if is_large and not num_bytes % 64 else gather_wide
-        wide(where, memories, out, num_bytes)
+        gather_wide(where, memories, out, num_bytes, is_large and not num_bytes % 64)
     elif not is_large:
         gather(where, memories, out, num_bytes)
     else:
