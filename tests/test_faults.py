@@ -13,6 +13,7 @@ import torch
 from stores import ENGINES, ENGRAM, KINDS, config_of, is_exact, write_rows, write_shards
 
 from tiercache.errors import StorageError
+from tiercache.flights import Flights
 from tiercache.level import Level
 from tiercache.storage import probe
 from tiercache.storage.memory import MemoryTable
@@ -112,7 +113,7 @@ def test_bytes_of_a_changed_file_never_arrive(file, engine):
     [
         (Level, "make_room"),
         (Level, "plan_into"),
-        (Store, "_begin"),
+        (Flights, "_begin"),
         (HostTier, "staging"),
         (FileReader, "submit"),
         (Job, "wait"),

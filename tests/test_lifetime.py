@@ -257,7 +257,7 @@ def test_close_while_a_source_reads(source):
     with ThreadPoolExecutor(6) as pool:
         waiting = [pool.submit(ticket.take, raw=True) for ticket in tickets]
         closing = pool.submit(store.close)
-        while not store._closed:
+        while not store._flights.closed:
             pass
         source.gate.set()
         closing.result()

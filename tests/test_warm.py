@@ -300,16 +300,16 @@ def test_an_interrupt_leaves_no_slot_pinned(table, image, monkeypatch, at):
         class Lock:
             def __enter__(self):
                 moment()
-                store._lock.acquire()
+                store._flights.lock.acquire()
 
             def __exit__(self, *_):
-                store._lock.release()
+                store._flights.lock.release()
                 moment()
 
         real = store._device.read_slots
         store._device.read_slots = lambda slots: (moment(), real(slots))[1]
         with pytest.raises(KeyboardInterrupt):
-            warm.save(image, store._tiers, store._about("save"), store._stride, Lock(), store._require_open)
+            warm.save(image, store._tiers, store._about("save"), store._stride, Lock(), store._flights.require_open)
         store.check()
         assert store.save(image) == 330
 

@@ -105,7 +105,7 @@ class Ticket:
 
         ClosedError in a process forked since.
         """
-        self._store._require_here()
+        self._store._flights.require_here()
         flight, self._flight = self._flight, None
         if flight is not None:
             if flight.job is not None:

@@ -28,8 +28,8 @@ from tiercache.flight import Flight
 from tiercache.request import rows_of
 
 if TYPE_CHECKING:
+    from tiercache.flights import Flights
     from tiercache.request import Table
-    from tiercache.store import Store
     from tiercache.tiers.device import StreamTier
 
 
@@ -51,9 +51,11 @@ class StaticFetch:
     Loads and launches belong to one stream at a time. Not safe from several threads.
     """
 
-    def __init__(self, store: "Store", tier: "StreamTier", table: "Table", shape: tuple[int, ...], out: torch.Tensor) -> None:
+    def __init__(
+        self, flights: "Flights", tier: "StreamTier", table: "Table", shape: tuple[int, ...], out: torch.Tensor
+    ) -> None:
         self.out = out
-        self._store, self._tier, self._table, self._shape = store, tier, table, shape
+        self._flights, self._tier, self._table, self._shape = flights, tier, table, shape
         size = math.prod(shape)
         self._where = tier.device.slots(1, 4 * max(size, 1)).view(-1).view(torch.int32)[:size]
         self._half = size // table.group_rows
@@ -83,7 +85,7 @@ class StaticFetch:
         flight = Flight(self._table, rows, shape, self._tier.room(rows))
         flight.staging = self._staging[half * self._half : (half + 1) * self._half]
         try:
-            self._store._load(flight, rows)
+            self._flights.load(flight)
             where = flight.plan.where
             where[where < 0] -= half * self._half
             flight.event = Unreached()
@@ -92,7 +94,7 @@ class StaticFetch:
             flight.event = None
             if flight.job is not None:  # its reads land in the half that the next load uses
                 flight.job.end()
-            self._store._give_up(flight)
+            self._flights.give_up(flight)
             raise
         self._stream = stream
         self._loads += 1
@@ -106,7 +108,7 @@ class StaticFetch:
         """
         if not self._loads:
             raise RuntimeError("a static fetch is loaded before it is launched or captured")
-        if all(flight is None or flight.ended for flight in self._halves) or self._store._closed:
+        if all(flight is None or flight.ended for flight in self._halves) or self._flights.closed:
             raise ClosedError("the static fetch, or its store, is closed: its rows are in no slots any more")
         self._tier.launch(self._where, self._view, self.out, self._table.record, stream)
 
@@ -116,7 +118,7 @@ class StaticFetch:
             self._retire(flight, self._stream)
 
     def __del__(self) -> None:
-        if "_loads" in self.__dict__ and self._store._process == os.getpid():
+        if "_loads" in self.__dict__ and self._flights.process == os.getpid():
             self.close()
 
     def _retire(self, flight: Flight | None, stream: Any) -> None:
@@ -127,4 +129,4 @@ class StaticFetch:
         if flight is not None and not flight.ended:
             flight.event = self._tier.device.record(stream)
             flight.ended = True
-            self._store._abandoned.append(flight)
+            self._flights.abandon(flight)

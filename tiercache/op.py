@@ -57,7 +57,7 @@ def _handle(store: Store, name: str | None) -> str:
     handle = f"unnamed-{secrets.token_hex(8)}" if name is None else name
     with _lock:
         known = _stores.get(handle)
-        if known is not None and known is not store and not known._closed:
+        if known is not None and known is not store and not known._flights.closed:
             raise ValueError(f"name = {name!r}: another open store has it; allowed are other names")
         _stores[handle] = store
     return handle

@@ -1,13 +1,10 @@
 """Store: tables of rows, held in tiers, behind `fetch`."""
 
-import errno
 import math
 import os
-import threading
 import time
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
 from numbers import Real
@@ -22,12 +19,13 @@ import torch
 from tiercache import hot, warm
 from tiercache.assemble import beginning_of, level_of, most_rising, recorded_tables, stats_of, stride_of
 from tiercache.config import StoreConfig
-from tiercache.errors import ClosedError, ConfigError, StorageError
+from tiercache.errors import ConfigError
 from tiercache.expectation import Expectation, Lookout, require_foresight
 from tiercache.flight import Flight, Ticket
+from tiercache.flights import Flights
 from tiercache.graph import StaticFetch
 from tiercache.groups import Groups
-from tiercache.level import MAX_PINS, PINNED, PLAN_MISSES, SLOT, pending_of
+from tiercache.level import PINNED
 from tiercache.recording.blocks import RecordedTable
 from tiercache.recording.recorder import Recorder
 from tiercache.request import Table, checked, rows_of, shape_of, with_values
@@ -39,7 +37,6 @@ from tiercache.storage.disk import Disk
 from tiercache.storage.image import AboutTable, about_tables
 from tiercache.storage.memory import sources_of
 from tiercache.storage.reader import Reader, SourceReader
-from tiercache.storage.reads import Targets
 from tiercache.storage.table import FileTable
 from tiercache.tiers import DeviceTier, open_device_tier
 from tiercache.tiers.device import Device, StreamTier
@@ -48,11 +45,7 @@ from tiercache.tiers.host import HostTier
 _PATIENCE_NS = 100_000_000
 """When a prefetch without a deadline is due, in ns from now: behind every fetch, before prefetches for later."""
 
-_REAPED_AT_ONCE = 16
-"""Abandoned flights that a call looks after."""
-
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_PENDING = SLOT.fields["pending"][1]  # type: ignore[index]
 
 
 class Store:
@@ -73,14 +66,6 @@ class Store:
         hot_sets: rows that tiers begin with.
         """
         self.config = config
-        self._process = os.getpid()
-        self._lock = threading.RLock()
-        self._closed = False
-        self._fetches = self._rows = 0
-        self._read_ns = self._read_rows = 0
-        self._flights: set[Flight] = set()
-        self._abandoned: deque[Flight] = deque()
-        self._lookout: Lookout | None = None
         size = config.group_rows
         self._stride = stride_of((table.record.record_bytes for table in tables.values()), config)
         num_rows = sum(table.num_rows for table in tables.values())
@@ -97,7 +82,6 @@ class Store:
             most = most_rising(config.device, self._stride, size)
             self._device = open_device_tier(config.device.device, levels["device"], self._host, most, device)
         self._top = self._device or self._host
-        self._num_above = 0 if self._device is None else self._device.level.capacity
         on_disk = [table for table in tables.values() if isinstance(table, FileTable)]
         self._disk = (
             Disk(
@@ -111,15 +95,16 @@ class Store:
             else None
         )
         self._sources: list[SourceReader] = []
-        self._recorders: list[Recorder] = []
         try:
-            self._queue = self._disk.engine.queue if self._disk else q.new_queue()
-            self._tables = self._open_readers(tables)
+            queue = self._disk.engine.queue if self._disk else q.new_queue()
+            self._flights = Flights(self._host, self._top, self._groups, self._stride, queue)
+            self._tables = self._open_readers(tables, queue)
         except BaseException:
             if self._disk:
                 self._disk.close()
             raise
-        self._finalizer = weakref.finalize(self, _end, self._process, self._disk, self._sources, self._top, self._recorders)
+        begun = self._disk, self._sources, self._top, self._flights.recorders
+        self._finalizer = weakref.finalize(self, _end, os.getpid(), *begun)
         self._files = {name: table for name, table in tables.items() if isinstance(table, FileTable)}
         try:
             self._restored = () if config.restore is None else self._restore(config.restore, num_rows)
@@ -164,7 +149,7 @@ class Store:
             warnings.warn(f"tiercache: {note}", RuntimeWarning, stacklevel=2)
         return store
 
-    def _open_readers(self, tables: Mapping[str, FileTable | Source]) -> dict[str, Table]:
+    def _open_readers(self, tables: Mapping[str, FileTable | Source], queue: q.Queue) -> dict[str, Table]:
         readers = iter(self._disk.readers if self._disk else ())
         opened: dict[str, Table] = {}
         base = 0
@@ -173,7 +158,7 @@ class Store:
             if isinstance(table, FileTable):
                 reader = next(readers)
             else:
-                reader = SourceReader(table, self._queue)
+                reader = SourceReader(table, queue)
                 self._sources.append(reader)
             record = table.record
             dtype = _DTYPES.get(self.config.dtype, record.default_dtype)
@@ -229,19 +214,13 @@ class Store:
         rows, shape = rows_of(indices, wanted, self._top.torch_device)
         result, records = self._outputs(wanted, shape, rows.size, stream, out, raw)
         flight = Flight(wanted, rows, shape, self._top.room(rows))
-        self._require_here()
         try:
-            with self._lock:
-                self._enter(flight, rows)
-                reads, num_bytes = wanted.reader.num_reads, wanted.record.record_bytes
-                served = self._top.serve(flight.plan, rows, reads, records, num_bytes)
-                self._begin(flight, rows, served=served)
-            if not served:
+            if not self._flights.serve(flight, records):
                 begun_ns = time.monotonic_ns()
-                self._read(flight, 0)
-                self._finish(flight, records, stream, begun_ns)
+                self._flights.read(flight, 0)
+                self._flights.finish(flight, records, stream, begun_ns)
         except BaseException:
-            self._give_up(flight)
+            self._flights.give_up(flight)
             raise
         return self._decoded(wanted, records, result)
 
@@ -261,11 +240,11 @@ class Store:
         due = time.monotonic_ns() + (_PATIENCE_NS if deadline is None else int(min(deadline, 1e9) * 1e9))
         flight = Flight(wanted, rows, shape, self._top.room(rows))
         try:
-            self._plan(flight, rows)
-            self._read(flight, due)
-            return Ticket(self, flight, self._abandoned.append)
+            self._flights.plan(flight)
+            self._flights.read(flight, due)
+            return Ticket(self, flight, self._flights.abandon)
         except BaseException:
-            self._give_up(flight)
+            self._flights.give_up(flight)
             raise
 
     def expect(self, indices: Any, *, table: str | None = None) -> Expectation:
@@ -282,8 +261,8 @@ class Store:
         """
         wanted = self._table(table)
         lane = self._expect(wanted, indices, None)
-        assert self._lookout is not None
-        return Expectation(self, wanted, lane, self._lookout.leave)
+        assert self._flights.lookout is not None
+        return Expectation(self, wanted, lane, self._flights.lookout.leave)
 
     def static_fetch(
         self,
@@ -304,7 +283,7 @@ class Store:
         if math.prod(shape) % wanted.group_rows:
             raise ValueError(f"shape = {shape}: this store serves groups of {wanted.group_rows} rows; allowed are whole groups")
         result, _ = self._outputs(wanted, shape, 0, None, out, raw)
-        return StaticFetch(self, self._device, wanted, shape, result)
+        return StaticFetch(self._flights, self._device, wanted, shape, result)
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Save what the tiers hold to an image, for the setting `restore` of the next store; the number of rows in it.
@@ -314,12 +293,12 @@ class Store:
         next time. StorageError where the image cannot be written, where something else is in its place, or where somebody
         else is just writing it. A relative path begins at the current directory.
         """
-        self._require_here()
-        self._require_open()
+        self._flights.require_here()
+        self._flights.require_open()
         about = self._about("save")
-        with self._lock:
-            self._reap(len(self._abandoned))  # what has risen is then known to be there
-        return warm.save(Path(path), self._tiers, about, self._host.stride, self._lock, self._require_open)
+        with self._flights.lock:
+            self._flights.reap_all()  # what has risen is then known to be there
+        return warm.save(Path(path), self._tiers, about, self._host.stride, self._flights.lock, self._flights.require_open)
 
     def save_hot_set(self, path: str | os.PathLike[str]) -> int:
         """Save which rows the tiers hold, for the setting `hot_set` of a tier of the next store; how many they are.
@@ -329,8 +308,8 @@ class Store:
         the new one is whole and on the disk. StorageError where it cannot be written, where something else is in its place, or
         where somebody else is just writing it; ConfigError with `group_rows`. A relative path begins at the current directory.
         """
-        self._require_here()
-        self._require_open()
+        self._flights.require_here()
+        self._flights.require_open()
         self._require_rows("save_hot_set")
         return hot.save(Path(path), [tier.level for tier in self._tiers.values()])
 
@@ -341,13 +320,13 @@ class Store:
         enough is left out, whole batches at a time, and counted in `stats().recordings`. StorageError where the file cannot be
         written or somebody is recording to it, FormatError where it is something else or of other tables.
         """
-        self._require_here()
-        with self._lock:
-            self._require_open()
+        self._flights.require_here()
+        with self._flights.lock:
+            self._flights.require_open()
             counters = self._top.level.counters
             if self._groups is not None:
-                counters = np.zeros_like(counters)  # what a level of groups is asked for are keys, not rows: see `_begin`
-            return Recorder(Path(path), self.recorded_tables(), self._lock, self._recorders, counters)
+                counters = np.zeros_like(counters)  # a level of groups is asked for keys, not rows: see `Flights`
+            return Recorder(Path(path), self.recorded_tables(), self._flights.lock, self._flights.recorders, counters)
 
     def recorded_tables(self) -> list[RecordedTable]:
         """What a recording says of the tables, in the order of their rows."""
@@ -355,29 +334,29 @@ class Store:
 
     def stats(self) -> StoreStats:
         """Counts since open, and what serves."""
-        self._require_here()
-        with self._lock:
-            self._require_open()
-            row_ns = self._read_ns / max(self._read_rows, 1)
+        self._flights.require_here()
+        with self._flights.lock:
+            self._flights.require_open()
+            row_ns = self._flights.waited_ns / max(self._flights.waited_rows, 1)
             return StoreStats(
-                fetches=self._fetches,
-                rows=self._rows,
+                fetches=self._flights.num_fetches,
+                rows=self._flights.num_rows,
                 row_ns=row_ns,
                 flights=len(self._flights),
                 host=stats_of(self._host, row_ns),
                 storage=self._disk.stats() if self._disk else None,
                 device=None if self._device is None else stats_of(self._device, row_ns),
-                recordings=tuple(recorder.stats() for recorder in self._recorders),
+                recordings=tuple(recorder.stats() for recorder in self._flights.recorders),
                 hot_sets=self._hot_sets,
             )
 
     def check(self) -> None:
         """Raise AssertionError where the books do not add up. Reads every slot's entry: for tests, and for doubts."""
-        self._require_here()
-        with self._lock:
-            if self._closed:
+        self._flights.require_here()
+        with self._flights.lock:
+            if self._flights.closed:
                 return
-            self._reap(len(self._abandoned))
+            self._flights.reap_all()
             for tier in {self._host, self._top}:
                 tier.level.check()
                 if self._groups is not None:
@@ -393,11 +372,11 @@ class Store:
         Recordings end too: StorageError, when all else is closed, where one could not be written.
         Tickets that were not taken, and fetches in other threads that still wait, raise ClosedError.
         """
-        if self._process != os.getpid():
+        if self._flights.process != os.getpid():
             self._finalizer.detach()
             return
-        with self._lock:
-            self._closed = True
+        with self._flights.lock:
+            self._flights.closed = True
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -441,14 +420,6 @@ class Store:
             raise KeyError(f"table = {name!r}: this store has {', '.join(self._tables)}")
         return self._tables[name]
 
-    def _require_here(self) -> None:
-        if os.getpid() != self._process:
-            raise ClosedError("this store was opened in another process; open it again in this one")
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise ClosedError("the store is closed")
-
     def _outputs(
         self, table: Table, shape: tuple[int, ...], size: int, stream: Any, out: torch.Tensor | None, raw: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -472,124 +443,40 @@ class Store:
             table.record.decode_to(records, result.view(-1, table.record.dim))
         return result
 
-    def _plan(self, flight: Flight, rows: npt.NDArray[np.int64]) -> None:
-        """Plan a flight, which the store knows from now on."""
-        self._require_here()
-        with self._lock:
-            self._enter(flight, rows)
-            self._top.plan(flight.plan, rows, flight.table.reader.num_reads)
-            self._begin(flight, rows)
-
-    def _enter(self, flight: Flight, rows: npt.NDArray[np.int64]) -> None:
-        """A flight begins, if the store serves and has room for it; the store knows it from now on. Under the lock."""
-        self._require_open()
-        if self._abandoned:
-            self._reap(_REAPED_AT_ONCE)
-        if len(self._flights) >= MAX_PINS:
-            raise RuntimeError(f"{len(self._flights)} tickets are in flight; take, cancel or drop some")
-        self._flights.add(flight)
-        if self._lookout is not None:
-            self._lookout.level.ask(rows)
-
     def _expect(self, table: Table, indices: Any, expectation: Expectation | None) -> int:
         """Announce rows of a table behind an expectation's others: how many there was room for. Without one: a new lane."""
         rows, _ = rows_of(indices, table, self._top.torch_device)
         self._require_rows("expect")
         require_foresight(self._host.level)
-        self._require_here()
-        with self._lock:
-            self._require_open()
-            if self._lookout is None:
-                self._lookout = Lookout(self._host.level)
+        self._flights.require_here()
+        with self._flights.lock:
+            self._flights.require_open()
+            if self._flights.lookout is None:
+                self._flights.lookout = Lookout(self._host.level)
             if expectation is not None:
                 if expectation._lane is None:
                     raise RuntimeError("this expectation was cancelled before")
-                return self._lookout.level.announce(rows, expectation._lane)
-            lane = self._lookout.take()
-            self._lookout.level.announce(rows, lane)
+                return self._flights.lookout.level.announce(rows, expectation._lane)
+            lane = self._flights.lookout.take()
+            self._flights.lookout.level.announce(rows, lane)
             return lane
 
     def _left(self, expectation: Expectation) -> int:
         """For `Expectation.left`."""
-        self._require_here()
-        with self._lock:
+        self._flights.require_here()
+        with self._flights.lock:
             lane = expectation._lane
             return 0 if lane is None else self._host.level.num_left(lane)
 
     def _cancel(self, expectation: Expectation) -> None:
         """For `Expectation.cancel`."""
-        self._require_here()
-        with self._lock:
+        self._flights.require_here()
+        with self._flights.lock:
             lane = expectation._lane
             if lane is not None:
                 self._host.level.cancel(lane)
                 expectation._lane = None
                 expectation._leave(lane)
-
-    def _begin(self, flight: Flight, rows: npt.NDArray[np.int64], *, served: bool = False) -> None:
-        """A flight was planned: count it, and see which slots it waits for that other flights' reads fill. Under the lock."""
-        if not rows.size or self._groups is not None:
-            for recorder in self._recorders:
-                recorder.add(flight.table.base, rows)
-        self._fetches += 1
-        self._rows += rows.size
-        if served:
-            self._flights.discard(flight)
-            return
-        below = flight.plan.below
-        if below.pending:
-            level = self._host.level
-            borrowed = np.empty(below.pending, np.int32)
-            flight.borrowed = borrowed[: pending_of(level.slots, below.held[: below.hits], borrowed)]
-            flight.borrowed_rows = level.slots["key"][flight.borrowed]
-
-    def _read(self, flight: Flight, due_ns: int) -> None:
-        """Begin a flight's reads."""
-        plan = flight.plan.below
-        if not plan.misses.size and not flight.borrowed.size:
-            return
-        if plan.staged > len(flight.staging):
-            flight.staging = self._top.staging(plan.staged)
-        flight.staged = plan.staged
-        if self._groups is None:
-            flight.job = self._submit(flight, plan.misses, plan.fill, flight.borrowed_rows, due_ns)
-        else:
-            wanted = self._groups.rows_in(flight.borrowed)
-            flight.job = self._submit(flight, self._groups.missing(flight.plan), plan.fill, wanted, due_ns)
-
-    def _submit(
-        self,
-        flight: Flight,
-        rows: npt.NDArray[np.int64],
-        places: npt.NDArray[np.int32],
-        wanted: npt.NDArray[np.int64],
-        due_ns: int,
-    ) -> Any:
-        """Begin to read rows to places, which are of groups where the tiers keep such."""
-        slots, entries = self._host.buffer.slots, self._host.level.slots
-        targets = Targets(
-            slots.ctypes.data,
-            self._stride,
-            flight.staging.ctypes.data,
-            self._stride,
-            entries.ctypes.data + _PENDING,
-            SLOT.itemsize,
-            flight.table.group_rows,
-        )
-        places = places if self._groups is None else self._groups.places(places)
-        base = flight.table.base
-        alive = slots, entries, flight.staging
-        try:
-            return flight.table.reader.submit(rows - base, places, wanted - base, targets, due_ns, alive)
-        except (OSError, RuntimeError) as error:
-            raise self._closed_or(error, flight.table) from error
-
-    def _closed_or(self, error: OSError | RuntimeError, table: Table) -> Exception:
-        if self._closed:
-            return ClosedError("the store was closed meanwhile")
-        if isinstance(error, OSError) and not isinstance(error, StorageError):
-            return StorageError(error.errno or errno.EIO, f"reads of table {table.name!r} cannot be begun: {error}")
-        return error
 
     def _take(self, ticket: Ticket, flight: Flight, stream: Any, out: torch.Tensor | None, raw: bool) -> torch.Tensor:
         """For `Ticket.take`."""
@@ -598,118 +485,13 @@ class Store:
         if ticket._claim() is not flight:
             raise RuntimeError("this ticket was taken or cancelled before")
         try:
-            self._require_here()
-            self._require_open()
-            self._finish(flight, records, stream)
+            self._flights.require_here()
+            self._flights.require_open()
+            self._flights.finish(flight, records, stream)
         except BaseException:
-            self._give_up(flight)
+            self._flights.give_up(flight)
             raise
         return self._decoded(table, records, result)
-
-    def _finish(self, flight: Flight, records: torch.Tensor, stream: Any, begun_ns: int | None = None) -> None:
-        """Wait for a flight's rows, write them, let go of it. begun_ns: when its reads began, if that was not ahead of time."""
-        waited_ns = 0
-        if flight.job is not None:
-            self._await(flight)
-            waited_ns = 0 if begun_ns is None else time.monotonic_ns() - begun_ns
-        flight.event = self._top.gather(flight.plan, flight.staging, records, flight.table.record, stream)
-        with self._lock:
-            if waited_ns:
-                self._read_ns += waited_ns
-                self._read_rows += int(flight.plan.below.counts[PLAN_MISSES]) * flight.table.group_rows
-            self._end(flight)
-
-    def _await(self, flight: Flight) -> None:
-        """Wait until every row of a flight has arrived. Rows that another flight failed to bring are read again."""
-        job = flight.job
-        assert job is not None
-        job.wait()
-        self._raise_error(flight, job)
-        if not flight.borrowed.size:
-            return
-        flags = self._host.level.slots.ctypes.data + _PENDING + SLOT.itemsize * flight.borrowed.astype(np.int64)
-        while not q.wait_flags(self._queue, flags):
-            pass
-        self._raise_error(flight, job)
-        entries = self._host.level.slots[flight.borrowed]
-        lost = (entries["pending"] != 0) | (entries["key"] != flight.borrowed_rows)
-        if self._groups is not None:  # a stray waited for the slot of another group
-            lost &= np.isin(flight.borrowed + self._num_above, flight.plan.where)
-        if lost.any():
-            slots = flight.borrowed[lost]
-            rows = flight.borrowed_rows[lost] if self._groups is None else self._groups.rows_in(slots)
-            self._read_again(flight, slots, rows)
-
-    def _read_again(self, flight: Flight, slots: npt.NDArray[np.int32], rows: npt.NDArray[np.int64]) -> None:
-        """Read rows that were to come into these slots to the staging area instead."""
-        where, old, begin = flight.plan.where, flight.staging, flight.staged
-        flight.staged += slots.size
-        if flight.staged > len(old):
-            flight.staging = self._top.staging(flight.staged)
-            flight.staging[:begin] = old[:begin] if begin else 0
-        places = ~np.arange(begin, flight.staged, dtype=np.int32)
-        flight.job = self._submit(flight, rows, places, _NO_ROWS, 0)
-        flight.job.wait()
-        self._raise_error(flight, flight.job)
-        for slot, place in zip(slots.tolist(), places.tolist(), strict=True):
-            where[where == self._num_above + slot] = place
-
-    def _load(self, flight: Flight, rows: npt.NDArray[np.int64]) -> None:
-        """For a StaticFetch, which gives the flight up where this raises: bring its rows to its places, and hold them."""
-        self._plan(flight, rows)
-        self._read(flight, 0)
-        if flight.job is not None:
-            self._await(flight)
-
-    def _raise_error(self, flight: Flight, job: Any) -> None:
-        """StorageError where a job failed, ClosedError where it did because of `close`."""
-        try:
-            flight.table.reader.raise_error(job)
-        except OSError as error:
-            if self._closed:
-                raise ClosedError("the store was closed before the rows had been read") from error
-            raise
-
-    def _give_up(self, flight: Flight) -> None:
-        """End a flight that failed or was interrupted, planned or not. What it was to fill and was not brought is forgotten."""
-        if self._process != os.getpid():
-            return
-        with self._lock:
-            if flight.brought:
-                self._host.level.forget(flight.plan.below)
-                self._end(flight)
-            else:
-                self._abandoned.append(flight)
-        if flight.job is not None:
-            flight.job.cancel()
-
-    def _end(self, flight: Flight) -> None:
-        """Nobody waits for a flight any more: let go of it once no read and no stream touches its slots. Under the lock."""
-        flight.ended = True
-        if flight.done:
-            self._let_go(flight)
-        else:
-            self._abandoned.append(flight)
-
-    def _let_go(self, flight: Flight) -> None:
-        """Unpin a flight's slots. Under the lock."""
-        self._top.release(flight.plan)
-        self._flights.discard(flight)
-
-    def _reap(self, most: int) -> None:
-        """Let go of flights that nobody waits for, and whose reads and gathers are done; looks at `most`. Under the lock."""
-        for _ in range(min(most, len(self._abandoned))):
-            flight = self._abandoned.popleft()
-            if not flight.done:
-                self._abandoned.append(flight)
-                continue
-            if not flight.ended and flight.job is not None and not flight.table.reader.brought(flight.job):
-                self._host.level.forget(flight.plan.below)
-            self._let_go(flight)
-
-
-_NO_ROWS = np.empty(0, np.int64)
-
 
 def _end(
     process: int,

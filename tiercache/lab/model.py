@@ -7,8 +7,9 @@ A fetch plans all its rows, waits for all its reads, and gathers: nothing of tha
     + disk.row * rows missed                     slots for them, and where their bytes lie
     + disk(reads) + disk.byte * further bytes    the wait, by how many reads are in flight together
 
-where neighbouring rows share a read. A caller who fetches one batch after the other waits for this sum; for one who always has
-the next batch's reads begun, the disk works while the processor does, and the longer of the two counts.
+where neighbouring rows share a read. A caller who fetches one batch after the other waits for this sum. For one who always has
+the next batch's reads begun, the disk works while the processor does, and the longer of the two counts; and it never runs dry
+between batches, so that of a batch counts what its reads take behind as many others: disk(2 reads) - disk(reads).
 """
 
 from typing import NamedTuple
@@ -57,22 +58,28 @@ class Times(NamedTuple):
     disk: Numbers
 
 
-def times(machine: Machine, work: Work) -> Times:
-    """Seconds of each batch."""
+def times(machine: Machine, work: Work, *, ahead: bool = False) -> Times:
+    """Seconds of each batch. ahead: its reads are begun behind those of another."""
     processor = _along(work.rows, machine.resident.rows, machine.resident.seconds)
     processor += machine.disk.row_seconds * work.misses
     if machine.below is not None:
         alone = (work.below > 0) & (work.misses == 0)  # what a call takes more is in the disk's figures where it reads
         processor += machine.below.call_seconds * alone + machine.below.row_seconds * work.below
-    disk = _along(work.reads, (0, *machine.disk.reads), (0, *machine.disk.seconds))
+    disk = _disk_seconds(machine, work.reads)
+    if ahead:
+        disk = np.minimum(_disk_seconds(machine, 2 * work.reads) - disk, disk)
     disk += machine.disk.byte_seconds * np.maximum(work.num_bytes - machine.disk.read_bytes * work.reads, 0)
     return Times(processor, disk)
 
 
 def seconds(machine: Machine, work: Work, *, ahead: bool = False) -> float:
     """Seconds of all batches, one after the other. ahead: the next batch's reads are always begun before this one is taken."""
-    processor, disk = times(machine, work)
+    processor, disk = times(machine, work, ahead=ahead)
     return work.total(np.maximum(processor, disk) if ahead else processor + disk)
+
+
+def _disk_seconds(machine: Machine, reads: Numbers) -> Numbers:
+    return _along(reads, (0, *machine.disk.reads), (0, *machine.disk.seconds))
 
 
 def _along(at: Numbers, points: tuple[float, ...], values: tuple[float, ...]) -> Numbers:
