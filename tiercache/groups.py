@@ -16,7 +16,7 @@ import numpy.typing as npt
 from numba.extending import overload
 
 from tiercache.level import PLAN_HELD, PLAN_HITS, PLAN_MISSES, PLAN_STAGED, Level, Plan, pin
-from tiercache.native import int64, lean, prefetch
+from tiercache.native import Settled, int64, lean, prefetch
 from tiercache.stack import StackPlan
 
 MAX_SIZE = 16
@@ -88,6 +88,7 @@ class Groups:
         kind: type = np.int32 if num_rows <= 1 << 31 else np.int64
         self.upper: npt.NDArray[Any] = np.full((upper, size), -1, kind)
         self.lower: npt.NDArray[Any] = np.full((lower, size), -1, kind)
+        self._agree, self._settle, self._note_risen = Settled(_agree), Settled(_settle), Settled(_note_risen)
 
     def room(self, rows: npt.NDArray[np.int64], *, above: bool) -> StackPlan:
         """Room for the plan of these rows, a group behind the other."""
@@ -103,11 +104,11 @@ class Groups:
         as every key was resident; whether that is so still is returned. Under the lock that the batch was planned under.
         """
         above = plan.above
-        if served and above is None and _agree(plan.where, plan.rows, self.lower):
+        if served and above is None and self._agree(plan.where, plan.rows, self.lower):
             return True
         if above is not None:
-            _note_risen(above, self.lower, self.upper)
-        strays = _settle(plan.where, plan.below, plan.rows, self.upper, self.lower)
+            self._note_risen(above, self.lower, self.upper)
+        strays = self._settle(plan.where, plan.below, plan.rows, self.upper, self.lower)
         if served and strays:
             _hold(top.slots, top.counters, plan.below if above is None else above)
             return False

@@ -9,7 +9,7 @@ A row's place is one int32, the same everywhere: `slot >= 0`, or `~i` for row `i
 that the policy kept out are read to.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tiercache import index
 from tiercache.ahead import announce_batch, ask_batch, cancel_lane
 from tiercache.curve import FIRST_NOTE, NOTED, NOTES_DUE, Curve, note_rows
-from tiercache.native import inlined, int64, lean, prefetch
+from tiercache.native import entry_of, inlined, int64, lean, prefetch
 from tiercache.policies import LOOK_AHEAD
 from tiercache.policies.base import BYPASS, EMPTY, Policy, ask, ask_miss, on_hit, on_miss
 from tiercache.policies.expected import LEFT
@@ -126,6 +126,7 @@ class Level:
         self.seen = np.zeros(8, np.int64)
         self.counters = np.zeros(FIRST_NOTE, np.int64)
         self.curve: Curve | None = None
+        self._entries: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def watch(self, curve: Curve) -> None:
         """Keep a curve of what is asked of the level from now on."""
@@ -140,6 +141,7 @@ class Level:
             raise ValueError(f"policy {self.policy.name!r} does not look ahead; allowed is {', '.join(LOOK_AHEAD)}")
         self.policy, begin = LOOK_AHEAD[self.policy.name]
         self.state = begin(self.state, room)
+        self._entries.clear()
 
     @property
     def foresees(self) -> bool:
@@ -174,13 +176,14 @@ class Level:
         `num_reads` is how many reads bring one record: a slot to fill is pending until they have.
         """
         plan = new_plan(rows.size)
-        self.plan_into(plan, rows, num_reads)
+        self.plan_into(plan, np.ascontiguousarray(rows, np.int64), num_reads)
         return plan
 
     def plan_into(self, plan: Plan, rows: npt.NDArray[np.int64], num_reads: int, *, idly: bool = False) -> bool:
         """`plan`, into new room. `idly`: True, and nothing is pinned, if every row is resident and its bytes are there."""
         self.make_room(rows.size)
-        done = plan_batch(self.slots, self.table, self.seen, self.counters, self.state, rows, plan, num_reads, idly)
+        books = self.slots, self.table, self.seen, self.counters, self.state
+        done = self.run(plan_batch, *books, rows, plan, num_reads, idly)
         if done & _TAKE_NOTES:
             self.take_notes(rows)
         return bool(done & _SERVED)
@@ -218,7 +221,14 @@ class Level:
 
     def release(self, plan: Plan) -> None:
         """Let go of the slots of a plan. A second time, or for a plan that was never made, it does nothing."""
-        release(self.slots, self.counters, plan)
+        self.run(release, self.slots, self.counters, plan)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call compiled code whose arguments are of the same types in every call, as are the books of this level."""
+        entry = self._entries.get(function)
+        if entry is None:
+            entry = self._entries[function] = entry_of(function, arguments)
+        return entry(*arguments)
 
     def arrived(self, plan: Plan) -> None:
         """The slots that a plan fills wait for nothing any more."""

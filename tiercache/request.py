@@ -1,6 +1,7 @@
 """What a caller may ask for: indices, tables, outputs. Every check of an argument, before anything changes."""
 
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from tiercache.native import jit
+from tiercache.native import entry_of, jit
 from tiercache.records import Record
 from tiercache.storage.reader import Reader
 
@@ -51,7 +52,11 @@ def rows_of(indices: Any, table: Table, device: torch.device) -> tuple[npt.NDArr
             f"indices are {array.size} rows; this store serves groups of {table.group_rows}: allowed are whole groups"
         )
     rows = np.empty(array.size, np.int64)
-    bad = _localise(np.ascontiguousarray(array).reshape(-1), table.base, table.num_rows, rows)
+    arguments = np.ascontiguousarray(array).reshape(-1), table.base, table.num_rows, rows
+    localise = _entries.get(array.dtype)
+    if localise is None:
+        localise = _entries[array.dtype] = entry_of(_localise, arguments)
+    bad = localise(*arguments)
     if bad >= 0:
         where = np.unravel_index(bad, shape)
         raise IndexError(
@@ -139,6 +144,10 @@ def _localise(indices: Any, base: int, num_rows: int, rows: Any) -> int:
             if row < 0 or row >= num_rows:
                 return i
     return -1
+
+
+_entries: dict[np.dtype[Any], Callable[..., int]] = {}
+"""`_localise` by the dtype of the indices, which is all that its arguments differ in."""
 
 
 def checked(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

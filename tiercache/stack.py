@@ -32,6 +32,9 @@ from tiercache.native import lean
 from tiercache.policies.base import ask_miss
 from tiercache.tap import TAPS, fill
 
+_NO_SLOTS = np.empty(0, np.int32)
+_NO_ROWS = np.empty(0, np.int64)
+
 
 class StackPlan:
     """Where each row of a batch is. Its slots of both levels are pinned until they are released.
@@ -55,8 +58,8 @@ class StackPlan:
         self.below = new_plan(size)
         self.above = new_plan(size) if above else None
         self.where: npt.NDArray[np.int32] = (self.above or self.below).where
-        self.absent = np.empty(size if above else 0, np.int32)
-        self.rest = np.empty(size if above else 0, np.int64)
+        self.absent = np.empty(size, np.int32) if above else _NO_SLOTS
+        self.rest = np.empty(size, np.int64) if above else _NO_ROWS
         self.after: Any = None
 
 
@@ -80,18 +83,16 @@ def plan_stack(
     above, below = plan.above, plan.below
     assert above is not None
     device.make_room(rows.size)
-    missing = find_above(
-        device.slots, device.table, device.seen, device.counters, device.state, rows, above, plan.absent, plan.rest, idly
-    )
+    books = device.slots, device.table, device.seen, device.counters, device.state
+    missing: int = device.run(find_above, *books, rows, above, plan.absent, plan.rest, idly)
     if device.counters[NOTED] >= NOTES_DUE:
         device.take_notes(rows)
     if missing <= 0:
         return missing < 0
     host.plan_into(below, plan.rest[:missing], num_reads)
-    risen = rise_batch(
-        device.slots, device.table, device.counters, device.state, host.slots, above, below, num_copies, most
-    )
-    merge(device.table, device.slots, rows, plan.where, plan.absent[:missing], below.where, risen > 0)
+    books_above = device.slots, device.table, device.counters, device.state
+    risen: int = device.run(rise_batch, *books_above, host.slots, above, below, num_copies, most)
+    device.run(merge, device.table, device.slots, rows, plan.where, plan.absent[:missing], below.where, risen > 0)
     return False
 
 

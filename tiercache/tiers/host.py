@@ -12,7 +12,7 @@ import torch
 
 from tiercache.groups import Groups
 from tiercache.level import Level
-from tiercache.native import PREFETCH_BYTES, copy, fence, int64, lean, prefetch, stream
+from tiercache.native import PREFETCH_BYTES, Settled, copy, fence, int64, lean, prefetch, stream
 from tiercache.records import Record
 from tiercache.stack import StackPlan
 from tiercache.storage.image import Part
@@ -141,12 +141,15 @@ def gather_to(where: npt.NDArray[np.int32], memories: Memories, out: int, num_by
     """`gather`, past the caches where the output is large."""
     is_large = where.size * num_bytes >= _LARGE_BYTES and not out % 64
     if num_bytes > _STREAM_BYTES:
-        gather_wide(where, memories, out, num_bytes, is_large and not num_bytes % 64)
+        _gather_wide(where, memories, out, num_bytes, is_large and not num_bytes % 64)
     elif not is_large:
-        gather(where, memories, out, num_bytes)
+        _gather(where, memories, out, num_bytes)
     else:
         buffer = np.empty(2 * _STREAM_BYTES, np.uint8)
-        gather_streaming(where, memories, out, num_bytes, buffer.ctypes.data)
+        _gather_streaming(where, memories, out, num_bytes, buffer.ctypes.data)
+
+
+_gather, _gather_wide, _gather_streaming = Settled(gather), Settled(gather_wide), Settled(gather_streaming)
 
 
 def gather_groups(
