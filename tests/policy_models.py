@@ -305,7 +305,7 @@ class Gittins(Model):
         self.tick()
         time, uses, _ = self.slots[slot]
         age = self.age((self.now >> self.shift) - time)
-        interval = 0 if age < 24 else 1 if age < 32 else 2
+        interval = 0 if age < 20 else 1
         self.slots[slot] = [self.now >> self.shift, min(uses + 1, 15), interval]
         self.observe(keys[slot], self.slots[slot])
 

@@ -1,6 +1,5 @@
 """The books of a tier: plans against a model, numbers that wrap around, rows forgotten, and the large outputs of its buffer."""
 
-import copy
 
 import numpy as np
 import pytest
@@ -244,13 +243,13 @@ def test_replay_is_plan_after_plan():
 def streamed(monkeypatch) -> list[int]:
     """Number of positions of each gather that went past the caches."""
     calls: list[int] = []
-    original = copy.copy(host.gather_streaming)
+    original = host._gather_streaming
 
     def gather_streaming(where, *rest):
         calls.append(where.size)
         original(where, *rest)
 
-    monkeypatch.setattr(host, "gather_streaming", gather_streaming)
+    monkeypatch.setattr(host, "_gather_streaming", gather_streaming)
     return calls
 
 

@@ -41,7 +41,11 @@ from tiercache.policies.keyset import mix
 
 _MOST_USES = 15
 _INTERVALS = 4
-"""Lengths of the interval before the last use, in tiers: below 2, below 8, more; and that there was none in this tier."""
+_SHORT, _LONG, _NONE = 0, 1, 3
+"""The interval before the last use: shorter than the tier's slots, in accesses, or longer; or none, as the row has just come.
+A finer division makes classes that are learned more slowly than it tells."""
+_TIER = 20
+"""Column of an age of as many accesses as the tier has slots."""
 _CLASSES = (_MOST_USES + 1) * _INTERVALS
 _COLUMNS = 64
 """Columns of a table by age; those in use are fewer."""
@@ -60,9 +64,9 @@ _ONE = 256
 """What one event counts, so that it can fade."""
 _FADE = 3
 _ENOUGH = 16
-_CYCLE = 1 << 17
+_CYCLE = 1 << 16
 """Accesses in which every class is judged once, in tiers of up to twice as many slots."""
-_SAMPLES = 1 << 17
+_SAMPLES = 1 << 18
 _UNITS = 64
 """Units of time in as many accesses as the tier has slots, about."""
 _MEMORY = 8
@@ -110,7 +114,7 @@ class State(NamedTuple):
 
 
 def init(capacity: int) -> State:
-    """State of `capacity` slots: 18 bytes a slot, and 1 MiB at most."""
+    """State of `capacity` slots: 18 bytes a slot, and 2 MiB at most."""
     shift = max(capacity // _UNITS, 1).bit_length() - 1
     rarity = max(_rarity(_MEMORY * capacity), min(_rarity(4 * _MEMORY * capacity), 3))
     interval = max(max(capacity // 2, min(8 * capacity, _CYCLE)) // _CLASSES, _PATROL)
@@ -165,7 +169,7 @@ def on_hit(state: State, keys: Any, slot: int) -> None:
     column = int64(state.age_of[(time - (word >> 6)) & (_TURN - 1)])
     uses = (word >> 2) & 15
     uses += uses < _MOST_USES
-    group = (uses << 2) | min(max(column - 16, 0) >> 3, _INTERVALS - 2)
+    group = (uses << 2) | (_LONG if column >= _TIER else _SHORT)
     state.words[slot] = ((time & (_TURN - 1)) << 6) | group
     bits = mix(keys[slot] + 1)
     if bits & state.book[_SAMPLE_MASK] == 0:
@@ -195,7 +199,7 @@ def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
     now = _tick(state)
     bits = mix(key + 1)
     uses = min(_recall(state, key, bits) + 1, _MOST_USES)
-    group = (uses << 2) | (_INTERVALS - 1)
+    group = (uses << 2) | _NONE
     if bits & state.book[_SAMPLE_MASK] == 0:
         _observe(state, key, bits, now, group)
     slot = int64(state.book[_USED])
