@@ -1,8 +1,8 @@
 """Gittins: evict the row whose slot will earn the fewest hits for the time it takes, as measured on this very trace.
 
-Rows are told apart by two things: how often they were used, up to 15, and how long ago the use before the last was. That makes
-a *class*. The policy measures for each class how the next use comes: after what time, or never. From that follows an index for
-each class and each age since the last use,
+Rows are told apart by two things: how often they were used, up to 15, and how long before the last use the one before it was:
+less than a tier's worth of accesses, more, or not since the row came. That makes a *class*. The policy measures for each class
+how the next use comes: after what time, or never. From that follows an index for each class and each age since the last use,
 
     index(class, age) = max over T of  P(used again within T) / E[time until used again, or T],
 
