@@ -189,6 +189,26 @@ def one_by_one(level, rows):
         level.release(plan)
 
 
+def test_a_level_that_could_not_look_ahead_is_as_it_was(monkeypatch):
+    level, rows = Level(POLICIES["gittins"], 40), np.arange(60)
+    level.release(level.plan(rows))
+    policy, begin = LOOK_AHEAD["gittins"]
+
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setitem(LOOK_AHEAD, "gittins", (policy, fails))
+    with pytest.raises(MemoryError):
+        level.look_ahead()
+    level.check()
+    level.release(level.plan(rows))
+    monkeypatch.setitem(LOOK_AHEAD, "gittins", (policy, begin))
+    level.look_ahead()
+    level.announce(rows, 0)
+    level.release(level.plan(rows))
+    level.check()
+
+
 @pytest.mark.parametrize("capacity", [40, 300, 2000])
 def test_a_window_brings_hits_and_never_more_than_belady(capacity):
     trace, sequences, heads = of_text()

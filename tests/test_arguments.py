@@ -1,5 +1,6 @@
 """Bad input: calls, settings and files that cannot be. A clear error, and nothing has changed."""
 
+import enum
 import os
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from tiercache.errors import ConfigError, FormatError, StorageError
 from tiercache.records import plain
 from tiercache.request import _localise
 from tiercache.storage import open_table
+from tiercache.storage.memory import MemoryTable
 from tiercache.store import Store
 from tiercache.testing import OracleSource, oracle
 
@@ -233,6 +235,29 @@ def test_counts_of_numpy_do_not_overflow():
     with Store.open(config_of(), tables=sources) as store:
         assert store.num_rows("c") == 2**31 - 1
         assert is_exact(store, [2**31 - 2, 0], "c")
+
+
+class _Rows(enum.IntEnum):
+    SOME = 100
+
+
+@pytest.mark.parametrize("width", [np.int8(8), np.uint8(8), np.int16(8), np.uint64(8)])
+def test_integers_of_any_type_leave_other_stores_alone(width):
+    """What the first call was given decides for all later ones of which types compiled code takes its arguments."""
+    for size in (width, 264, 70_000):
+        record, records = plain("U8", size), oracle(np.arange(100), int(size))
+        source = MemoryTable(records, record)
+        source.num_rows = _Rows.SOME
+        with Store.open({"host": {"capacity": 40 * int(size)}}, tables={"t": source, "u": records}) as store:
+            for table in store.tables:
+                for rows in (range(20), range(100), range(10)):
+                    assert np.array_equal(store.fetch(rows, table=table).numpy(), records[list(rows)])
+
+
+@pytest.mark.parametrize("width", [8.0, "8", None])
+def test_a_width_that_is_no_integer(width):
+    with pytest.raises(FormatError, match="'rows' has a width of"):
+        plain("U8", width)
 
 
 def test_a_table_of_an_unsupported_dtype(tmp_path):

@@ -143,6 +143,23 @@ def test_whatever_interrupts_a_call_leaves_no_slot_behind(file, engine, monkeypa
             assert store.stats().host.pinned_slots == 0
 
 
+def test_an_interrupted_cancel_leaves_no_slot_behind(file, engine, monkeypatch):
+    def interrupted(job):
+        raise KeyboardInterrupt
+
+    with Store.open(config_of(file, engine=engine)) as store:
+        for row in range(5):
+            ticket = store.prefetch([row])
+            with monkeypatch.context() as patch:
+                patch.setattr(Job, "cancel", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    ticket.cancel()
+        while store.stats().flights:
+            store.check()
+        assert store.stats().host.pinned_slots == 0
+        assert is_exact(store, range(20))
+
+
 def test_a_fetch_that_waits_for_a_prefetch_of_a_changed_file(file, engine, monkeypatch):
     kind = KINDS[engine]
     start = kind.start

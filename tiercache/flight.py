@@ -108,9 +108,9 @@ class Ticket:
         self._store._flights.require_here()
         flight, self._flight = self._flight, None
         if flight is not None:
+            self._abandon(flight)
             if flight.job is not None:
                 flight.job.cancel()
-            self._abandon(flight)
 
     def _claim(self) -> "Flight | None":
         """The flight, for the one caller that gets it."""

@@ -139,9 +139,10 @@ class Level:
             return
         if self.policy.name not in LOOK_AHEAD:
             raise ValueError(f"policy {self.policy.name!r} does not look ahead; allowed is {', '.join(LOOK_AHEAD)}")
-        self.policy, begin = LOOK_AHEAD[self.policy.name]
-        self.state = begin(self.state, room)
+        policy, begin = LOOK_AHEAD[self.policy.name]
+        state = begin(self.state, room)
         self._entries.clear()
+        self.policy, self.state = policy, state
 
     @property
     def foresees(self) -> bool:

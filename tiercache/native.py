@@ -71,7 +71,13 @@ def entry_of(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callab
     """
     if config.DISABLE_JIT:
         return function
-    return cast("Any", function).compile(tuple(map(typeof, arguments)))
+    return cast("Any", function).compile(tuple(map(_type_of, arguments)))
+
+
+def _type_of(argument: Any) -> Any:
+    """The type of an argument in compiled code; any integer is an int64, whatever the next one will be."""
+    is_integer = isinstance(argument, int | np.integer) and not isinstance(argument, bool)
+    return types.int64 if is_integer else typeof(argument)
 
 
 class Settled:

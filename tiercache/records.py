@@ -9,6 +9,7 @@ A record is one of four kinds:
 Dtype names are those of safetensors. `Record.decode` is the reference: every faster path must give the same bits.
 """
 
+import operator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -52,6 +53,7 @@ class Record:
     scale: float | None = None  # multiplies every value of an F8_E4M3 row; float32 value
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "fields", tuple(field._replace(width=_count(field)) for field in self.fields))
         for field in self.fields:
             if field.dtype not in DTYPES:
                 raise FormatError(f"field {field.name!r} is {field.dtype}; supported are {', '.join(DTYPES)}")
@@ -121,6 +123,14 @@ class Record:
         field, offset = self.fields[place], self.offsets[place]
         piece = raw[..., offset : offset + field.nbytes].clone(memory_format=torch.contiguous_format)
         return piece.view(DTYPES[field.dtype])
+
+
+def _count(field: Field) -> int:
+    """A field's width as Python's own int: sizes are products of it, and numpy's would overflow at the width of their type."""
+    try:
+        return int(operator.index(field.width))
+    except TypeError as error:
+        raise FormatError(f"field {field.name!r} has a width of {field.width!r}; allowed are integers") from error
 
 
 def plain(dtype: str, width: int, name: str = "rows") -> Record:

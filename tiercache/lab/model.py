@@ -8,8 +8,9 @@ A fetch plans all its rows, waits for all its reads, and gathers: nothing of tha
     + disk(reads) + disk.byte * further bytes    the wait, by how many reads are in flight together
 
 where neighbouring rows share a read. A caller who fetches one batch after the other waits for this sum. For one who always has
-the next batch's reads begun, the disk works while the processor does, and the longer of the two counts; and it never runs dry
-between batches, so that of a batch counts what its reads take behind as many others: disk(2 reads) - disk(reads).
+the next batch's reads begun, the disk works while the processor does, and the longer of the two counts. Two batches are then in
+flight, and the disk never runs dry: of a batch counts what its reads take behind as many others, disk(2 reads) - disk(reads),
+but at least half of disk(reads), as there are never more than the two.
 """
 
 from typing import NamedTuple
@@ -67,7 +68,7 @@ def times(machine: Machine, work: Work, *, ahead: bool = False) -> Times:
         processor += machine.below.call_seconds * alone + machine.below.row_seconds * work.below
     disk = _disk_seconds(machine, work.reads)
     if ahead:
-        disk = np.minimum(_disk_seconds(machine, 2 * work.reads) - disk, disk)
+        disk = np.clip(_disk_seconds(machine, 2 * work.reads) - disk, disk / 2, disk)
     disk += machine.disk.byte_seconds * np.maximum(work.num_bytes - machine.disk.read_bytes * work.reads, 0)
     return Times(processor, disk)
 

@@ -85,12 +85,12 @@ def _source(name: object, table: Any) -> Source:
         if not callable(getattr(table, method)):
             raise ConfigError(f"{where}: its {method} cannot be called")
     source: Source = table
-    return source if isinstance(num_rows, int) else _Counted(int(num_rows), table.record, table.read, table.close)
+    return source if type(num_rows) is int else _Counted(int(num_rows), table.record, table.read, table.close)
 
 
 @dataclass
 class _Counted:
-    """A source whose `num_rows` is of numpy's: sums of such would overflow at the width of its type."""
+    """A source whose `num_rows` is an integer of another type than int: sums of numpy's would overflow at its width."""
 
     num_rows: int
     record: Record
