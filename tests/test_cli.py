@@ -271,6 +271,16 @@ def test_a_recording_is_replayed_live_simulated_and_through_tiers(invoke: Invoke
     assert "7 fetches: p50" in fewer.output
 
 
+@pytest.mark.parametrize("options", [(), ("--simulate",)])
+def test_a_replay_does_not_record_itself(invoke: Invoke, config: Path, recording: Path, options: tuple[str, ...]) -> None:
+    before = recording.read_bytes()
+    config.write_text(f'{config.read_text()}\n[trace]\npath = "{recording}"\n')
+    for _ in range(2):
+        result = invoke("replay", "--trace", recording, "--config", config, *options)
+        assert (result.exit_code, result.stderr) == (0, ""), result.output
+        assert recording.read_bytes() == before
+
+
 def test_two_tiers_are_shown_each_and_together(invoke: Invoke, config: Path, recording: Path) -> None:
     config.write_text(config.read_text() + '[device]\ndevice = "cpu"\ncapacity = "16KiB"\npolicy = "sieve"\n')
     live = invoke("replay", "--trace", recording, "--config", config)

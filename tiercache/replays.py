@@ -248,7 +248,8 @@ def heads_of(what: What, num_rows: int) -> int | None:
 
 
 def _run_store(what: What, config: Path, name: str | None, console: Console, report: Wanted | None) -> None:
-    with Store.open(config) as store:
+    settings = StoreConfig.load(config).model_copy(update={"trace": None})  # it would be recorded to what is replayed
+    with Store.open(settings) as store:
         tables = store.recorded_tables()
         table, base = _table_of(what, tables, name)
         wanted = _trace(what, table.num_rows, tables)
@@ -264,7 +265,7 @@ def _run_store(what: What, config: Path, name: str | None, console: Console, rep
         if base and not what.recorded:
             wanted, uses = wanted._replace(rows=wanted.rows + base), uses._replace(rows=uses.rows + base)
         with _measuring() as steps:
-            facts = measure.of_tiers(subject, StoreConfig.load(config), tables, wanted, uses, result, steps)
+            facts = measure.of_tiers(subject, settings, tables, wanted, uses, result, steps)
         report.save(page(facts))
 
 
