@@ -1,13 +1,14 @@
 """Recording: what it adds to a fetch of resident rows, and what a row takes in the file.
 
-The same store, the same batches, with and without a recorder in turns. The rows are those that a text asks for (DeepSeek-V4.1's
-hashing of the shipped text, prompts in chunks and decode steps); a turn fetches batches of one size, cut from them. The cost is
-the time of the thread that fetches; the CPU of the process has that of the thread that packs and writes as well.
+The rows are those that a text asks for (DeepSeek-V4.1's hashing of the shipped text, prompts in chunks and decode steps), cut
+into batches of one size, for a store that holds them all. A round fetches one part of them four times, twice with a recorder
+and twice without, in the order ABBA or BAAB, and has one ratio of times; the figure is the median of the rounds' ratios, as a
+host's clock changes by more from second to second than a recorder costs. It is about the thread that fetches; the CPU of the
+process has that of the thread that packs and writes as well.
 """
 
 import tempfile
 import time
-from collections.abc import Iterator
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -24,14 +25,14 @@ from tiercache.engram.deepseek import deepseek_hashers
 from tiercache.lab.tokens import SHIPPED_VOCABULARY, load_tokens
 from tiercache.lab.trace import serving
 from tiercache.recording.codec import Packer, unpack
-from tiercache.recording.recorder import BLOCK_ROWS
+from tiercache.recording.drain import BLOCK_ROWS
 
 SIZES = (48, 1_000, 100_000)
-_TURN_S = 0.5
+_TURN_S = 0.1
 
 
 class _Turn(NamedTuple):
-    """Seconds a fetch: elapsed, CPU of the thread that fetches, CPU of the process."""
+    """Seconds a fetch, or ratios of them: elapsed, CPU of the thread that fetches, CPU of the process."""
 
     elapsed: float
     thread: float
@@ -42,7 +43,7 @@ def main() -> None:
     """Measure and report."""
     options = parser(__doc__, directory=False)
     options.add_argument("--tokens", type=int, default=100_000, help="of the shipped text (%(default)s)")
-    options.add_argument("--rounds", type=int, default=15, help="(%(default)s)")
+    options.add_argument("--rounds", type=int, default=150, help="(%(default)s)")
     arguments = options.parse_args()
     torch.set_num_threads(1)
     rows, num_rows = _rows(arguments.tokens)
@@ -69,45 +70,49 @@ def _fetches(rows: Rows, num_rows: int, size: int, directory: Path, rounds: int)
     out = torch.empty((size, source.record.record_bytes), dtype=torch.uint8)
     capacity = np.unique(rows).size * 2 * source.record.record_bytes
     turns: dict[bool, list[_Turn]] = {False: [], True: []}
+    ratios: list[_Turn] = []
     taken = dropped = num_bytes = 0
     with Store.open({"host": {"capacity": capacity}}, tables={"rows": source}) as store:
-        for batch in batches:
-            store.fetch(batch, out=out, raw=True)
+        _turn(store, batches, out)
+        count = min(len(batches), max(1, int(_TURN_S / _turn(store, batches, out).elapsed)))
         asked = cycle(batches)
-        for number in track(range(2 * (rounds + 1)), f"{size:,} rows a fetch", transient=True):
-            recording = (number + number // 2) % 2 == 1
-            if not recording:
-                turn = _turn(store, asked, out)
-            else:
-                path = directory / f"{size}-{number}.trace"
+        for number in track(range(rounds), f"{size:,} rows a fetch", transient=True):
+            part = list(islice(asked, count))
+            _turn(store, part, out)  # whoever is first finds these rows as near as the others do
+            of_round: dict[bool, list[_Turn]] = {False: [], True: []}
+            for recording in (number % 2 == 0, number % 2 != 0, number % 2 != 0, number % 2 == 0):
+                if not recording:
+                    of_round[recording].append(_turn(store, part, out))
+                    continue
+                path = directory / f"{size}.trace"
                 with store.record(path) as recorder:
-                    turn = _turn(store, asked, out)
+                    of_round[recording].append(_turn(store, part, out))
                 stats = recorder.stats()
                 taken, dropped, num_bytes = taken + stats.rows, dropped + stats.dropped_batches, num_bytes + stats.bytes_written
                 path.unlink()
-            if number >= 2:
-                turns[recording].append(turn)
-    medians = [[1e6 * median(each) for each in zip(*turns[recording], strict=True)] for recording in (True, False)]
-    (value, base), (cpu, base_cpu), (all_cpu, base_all_cpu) = zip(*medians, strict=True)
+            sums = [[sum(each) for each in zip(*of_round[recording], strict=True)] for recording in (True, False)]
+            ratios.append(_Turn(*(recorded / alone for recorded, alone in zip(*sums, strict=True))))
+            for recording in (True, False):
+                turns[recording] += of_round[recording]
+    base = [1e6 * median(each) for each in zip(*turns[False], strict=True)]
+    elapsed, cpu, all_cpu = (median(each) * alone for each, alone in zip(zip(*ratios, strict=True), base, strict=True))
     what = f"fetch of {size:,} resident rows, recorded"
     return [
-        Figure(what, value, "us", "not recorded", base, at_most=1.02),
-        Figure(f"{what}: CPU of the thread that fetches", cpu, "us", "not recorded", base_cpu, at_most=1.02),
-        Figure(f"{what}: CPU of the process", all_cpu, "us", "not recorded", base_all_cpu),
+        Figure(what, elapsed, "us", "not recorded", base[0], at_most=1.02),
+        Figure(f"{what}: CPU of the thread that fetches", cpu, "us", "not recorded", base[1], at_most=1.02),
+        Figure(f"{what}: CPU of the process", all_cpu, "us", "not recorded", base[2]),
         Figure(f"{what}: bytes of the file", num_bytes / taken, "B/row"),
         Figure(f"{what}: batches dropped", dropped, "batches", at_most=0),
     ]
 
 
-def _turn(store: Store, asked: Iterator[torch.Tensor], out: torch.Tensor) -> _Turn:
-    """What a fetch takes, over about `_TURN_S`."""
+def _turn(store: Store, batches: list[torch.Tensor], out: torch.Tensor) -> _Turn:
+    """What a fetch takes."""
     clocks = time.perf_counter, time.thread_time, time.process_time
-    begin, count, batches = [clock() for clock in clocks], 0, max(1, 3072 // len(out))
-    while time.perf_counter() - begin[0] < _TURN_S:
-        for batch in islice(asked, batches):
-            store.fetch(batch, out=out, raw=True)
-            count += 1
-    return _Turn(*((clock() - since) / count for clock, since in zip(clocks, begin, strict=True)))
+    begin = [clock() for clock in clocks]
+    for batch in batches:
+        store.fetch(batch, out=out, raw=True)
+    return _Turn(*((clock() - since) / len(batches) for clock, since in zip(clocks, begin, strict=True)))
 
 
 def _codec(rows: Rows) -> list[Figure]:

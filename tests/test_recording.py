@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from hypothesis import strategies as st
 from stores import config_of, descriptors_of, in_process, open_with, store_threads, write_rows
 
 from tiercache import ClosedError, FormatError, StorageError, Store, tap
-from tiercache.recording import recorder
-from tiercache.recording.blocks import HEADER, Block, Damaged, Encoder, RecordedTable, head_block
+from tiercache.recording import drain, recorder
+from tiercache.recording.blocks import Block, Damaged, Encoder, RecordedTable, head_block
 from tiercache.recording.codec import NUMBER_BYTES, Packed, Packer, put_all, unpack, unpack_numbers
 from tiercache.recording.reader import DamagedRecording, Recording
 from tiercache.recording.recorder import Recorder
@@ -122,7 +123,7 @@ def test_many_blocks_keep_every_batch(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_batch_larger_than_a_block_is_whole(tmp_path: Path) -> None:
-    large = (np.arange(3 * recorder.BLOCK_ROWS) * 7 % 1000).tolist()
+    large = (np.arange(3 * drain.BLOCK_ROWS) * 7 % 1000).tolist()
     batches = [("b", [1]), ("a", large), ("a", large[:5]), ("b", [])]
     record(tmp_path / "rows.trace", batches)
     assert read(tmp_path / "rows.trace") == batches
@@ -230,38 +231,67 @@ def test_what_threads_ask_for_is_whole_and_in_the_order_of_planning(tmp_path: Pa
 
 
 class Stuck:
-    """Stands for a disk that takes nothing until it is told to."""
+    """Stands for a disk that takes nothing until it is told to: a full pipe, which a thread empties into the file then."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.go, self.waits = threading.Event(), threading.Event()
-        write = recorder._write_all
+    def __init__(self, recording: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # which a pipe refuses
+        self._file = os.dup(recording._writer.descriptor)
+        self._pipe, end = os.pipe()
+        os.set_blocking(end, False)
+        self._filled = 0
+        with suppress(BlockingIOError):
+            while True:
+                self._filled += os.write(end, bytes(1 << 12))
+        os.set_blocking(end, True)
+        os.dup2(end, recording._writer.descriptor, inheritable=False)
+        os.close(end)
+        self._counts = recording._tap.counts
 
-        def held(descriptor: int, data: bytes) -> None:
-            if len(data) > HEADER.itemsize and threading.current_thread().name == "tiercache-record":
-                self.waits.set()
-                assert self.go.wait(30)
-            write(descriptor, data)
+    def wait(self, batches: int) -> None:
+        """Until the writer has so many batches in hand."""
+        while self._counts[tap.LOOKED] < batches:
+            time.sleep(0.001)
 
-        monkeypatch.setattr(recorder, "_write_all", held)
+    def go(self) -> threading.Thread:
+        """Let it write. The thread ends when the recording does."""
+        thread = threading.Thread(target=self._empty)
+        thread.start()
+        return thread
+
+    def _empty(self) -> None:
+        assert len(os.read(self._pipe, self._filled)) == self._filled
+        while data := os.read(self._pipe, 1 << 20):
+            os.write(self._file, data)
+        os.close(self._pipe)
+        os.close(self._file)
+
+
+def break_disk(recording: Recorder) -> None:
+    """Stands for a disk that is full."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, recording._writer.descriptor, inheritable=False)
+    os.close(full)
 
 
 def test_what_the_writer_is_too_slow_for_is_left_out_whole_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "INTERVAL_S", 0.001)
-    stuck, path = Stuck(monkeypatch), tmp_path / "rows.trace"
+    path = tmp_path / "rows.trace"
     large = np.zeros(tap.MOST_ROWS // 2, np.int64)
     with open_store() as store, store.record(path) as recording:
+        stuck = Stuck(recording, monkeypatch)
         store.fetch([1], table="b")
-        assert stuck.waits.wait(30)
+        stuck.wait(1)
         store.fetch(large, table="a")
         store.fetch(large[:-3], table="a")
         store.fetch([2, 3, 4], table="b")  # room for two
         store.fetch([5], table="b")
         store.fetch([6, 7], table="b")
         assert recording.stats()[1:5] == (4, 2 + large.size + large.size - 3, 2, 5)
-        stuck.go.set()
+        thread = stuck.go()
         while recording.stats().bytes_written < 200:
             time.sleep(0.001)
         store.fetch([8], table="b")
+    thread.join()
     file = Recording(path)
     batches = [rows for _, rows in file.batches()]
     assert [rows.size for rows in batches] == [1, large.size, large.size - 3, 1, 1]
@@ -283,18 +313,20 @@ def test_a_batch_that_fits_no_buffer_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_list_that_is_full_leaves_the_rest_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stuck, path = Stuck(monkeypatch), tmp_path / "rows.trace"
+    path = tmp_path / "rows.trace"
     lock = threading.RLock()
     recorders: list[Recorder] = []
     recording = Recorder(path, ABOUT, lock, recorders, np.zeros(16, np.int64))
+    stuck = Stuck(recording, monkeypatch)
     nothing = np.empty(0, np.int64)
     most = tap.MOST_BATCHES - 1  # one entry may have to tell of batches left out
     with lock:
         for _ in range(most):
             recording.add(0, nothing)
         recording.add(1000, np.array([1049]))
-    stuck.go.set()
+    thread = stuck.go()
     recording.close()
+    thread.join()
     file = Recording(path)
     assert sum(1 for _ in file.batches()) == most
     assert file.dropped == (1, 1)
@@ -309,10 +341,7 @@ def test_a_disk_that_fails_ends_the_recording_and_not_the_store(tmp_path: Path, 
         while not recording.stats().bytes_written:
             time.sleep(0.001)
 
-        def full(descriptor: int, data: bytes) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(recorder, "_write_all", full)
+        break_disk(recording)
         store.fetch([2, 3], table="b")
         while not recording.stats().error:
             time.sleep(0.001)
@@ -328,13 +357,10 @@ def test_a_disk_that_fails_ends_the_recording_and_not_the_store(tmp_path: Path, 
     assert (batches, told.num_batches, told.why) == ([("b", [1])], 1, "the recording was not closed")
 
 
-def test_a_recording_that_failed_is_told_when_the_store_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recording_that_failed_is_told_when_the_store_is_closed(tmp_path: Path) -> None:
     store = Store.open({"trace": {"path": tmp_path / "rows.trace"}, "host": {"capacity": 800}}, tables=TABLES)
-
-    def full(descriptor: int, data: bytes) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(recorder, "_write_all", full)
+    (recording,) = store._flights.recorders
+    break_disk(recording)
     store.fetch([1], table="b")
     with pytest.raises(StorageError, match="No space left"):
         store.close()
@@ -403,12 +429,12 @@ def test_a_recording_that_is_interrupted_as_it_begins_leaves_nothing(tmp_path: P
 
 
 def test_memory_that_runs_out_ends_the_recording_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Encoder, block: Block) -> None:
+    def refuse(self: Encoder, num_rows: int) -> None:
         raise MemoryError
 
     with open_store() as store:
         recording = store.record(tmp_path / "rows.trace")
-        monkeypatch.setattr(Encoder, "encode", refuse)
+        monkeypatch.setattr(Encoder, "make_room", refuse)
         store.fetch([1], table="a")
         with pytest.raises(StorageError, match="Cannot allocate memory"):
             recording.close()
@@ -417,12 +443,12 @@ def test_memory_that_runs_out_ends_the_recording_and_is_told(tmp_path: Path, mon
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_ends_is_told_and_its_descriptors_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Encoder, block: Block) -> None:
+    def fail(self: Encoder, num_rows: int) -> None:
         raise ValueError("an error of ours")
 
     with open_store() as store:
         recording = store.record(tmp_path / "rows.trace")
-        monkeypatch.setattr(Encoder, "encode", fail)
+        monkeypatch.setattr(Encoder, "make_room", fail)
         store.fetch(np.arange(tap.WORTH_ROWS) % 1000, table="a")
         recording._thread.join()
         others = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(4)]
@@ -443,7 +469,7 @@ def test_a_thread_that_ends_is_told_and_its_descriptors_are_left_alone(tmp_path:
 KILLED = """
 import os, sys, numpy as np
 from tiercache import Store
-from tiercache.recording import recorder
+from tiercache.recording import drain, recorder
 recorder.INTERVAL_S = 0.01
 store = Store.open({"host": {"capacity": 800}}, tables={"a": np.zeros((1000, 8), np.uint8)})
 recording = store.record(sys.argv[1])

@@ -155,7 +155,9 @@ for _name in ("syscall", "pread64"):
 MUTEX_BYTES = 64
 """A zeroed block of this many bytes is an unlocked pthread mutex, or a condition variable without waiters (Linux)."""
 
+SYS_READ = {"x86_64": 0, "aarch64": 63}.get(platform.machine(), -1)
 SYS_WRITE = {"x86_64": 1, "aarch64": 64}.get(platform.machine(), -1)
+SYS_PPOLL = {"x86_64": 271, "aarch64": 73}.get(platform.machine(), -1)
 SYS_IO_URING_SETUP, SYS_IO_URING_ENTER, SYS_IO_URING_REGISTER = 425, 426, 427
 SYS_STATX = {"x86_64": 332, "aarch64": 291}.get(platform.machine(), -1)
 

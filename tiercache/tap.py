@@ -34,16 +34,16 @@ TAPS = 8
 """Column of a level's counters: the taps that batches are copied to, as `chain` says, or 0."""
 
 (
-    _NEXT, _ROWS_AT, _LIST_AT, _ROW_BYTES, _WAKE, _ONE, _HEAD, _TOP, _ROUND, _SEEN, LISTED, DONE, TAKEN_BATCHES,
+    _NEXT, _ROWS_AT, _LIST_AT, _ROW_BYTES, _WAKE, _ONE, _HEAD, _TOP, _ROUND, _SEEN, LOOKED, LISTED, DONE, TAKEN_BATCHES,
     TAKEN_ROWS, LOST_BATCHES, LOST_ROWS, _UNTOLD_BATCHES, _UNTOLD_ROWS, STOPPED,
-) = range(19)  # fmt: skip
+) = range(20)  # fmt: skip
 """Columns of a tap's counts. The address of the next tap's counts, or 0; those of the rings; bytes of a row in its ring; the
 descriptor that wakes the thread, and what is written to it; where the next row goes; where it would have gone when rows last
-went to the start, and the entry with which they did; rows that the thread has looked at; entries listed, and done with. Of the
-whole recording, batches and rows taken, and left out; those left out that no entry tells of yet; and whether all is left out
-from now on."""
+went to the start, and the entry with which they did; rows that the thread has looked at; entries looked at, listed, and done
+with. Of the whole recording, batches and rows taken, and left out; those left out that no entry tells of yet; and whether all
+is left out from now on."""
 
-_FIRST, _SIZE, _AT, _BATCHES = range(4)
+FIRST, SIZE, AT, BATCHES = range(4)
 """Columns of an entry: a row of the batch's table, or LOST; rows; where they are in the ring; batches, more than one only where
 they were left out."""
 
@@ -56,22 +56,22 @@ class Waiting(NamedTuple):
     @property
     def firsts(self) -> Rows:
         """int64[n]: a row of each batch's table as rows of the store, or LOST."""
-        return self.entries[:, _FIRST]
+        return self.entries[:, FIRST]
 
     @property
     def sizes(self) -> Rows:
         """int64[n]: rows of each."""
-        return self.entries[:, _SIZE]
+        return self.entries[:, SIZE]
 
     @property
     def at(self) -> Rows:
         """int64[n]: where each one's rows are in the ring."""
-        return self.entries[:, _AT]
+        return self.entries[:, AT]
 
     @property
     def batches(self) -> Rows:
         """int64[n]: 1, or how many were left out there."""
-        return self.entries[:, _BATCHES]
+        return self.entries[:, BATCHES]
 
 
 class Tap:
@@ -92,14 +92,11 @@ class Tap:
 
     def look(self) -> Waiting:
         """What waits. The thread's."""
-        done, listed = int(self.counts[DONE]), load64(self.address + 8 * LISTED)
-        waiting = Waiting(self._list[np.arange(done, listed) % MOST_BATCHES])
-        self.counts[_SEEN] += waiting.sizes[waiting.firsts != LOST].sum()
-        return waiting
+        return Waiting(self._list[np.arange(int(self.counts[DONE]), look(self.address)) % MOST_BATCHES])
 
     def done(self, count: int) -> None:
         """The thread has read this many more entries, and the rows of those."""
-        store64(self.address + 8 * DONE, int(self.counts[DONE]) + count)
+        release(self.address, count)
 
     def untold(self) -> tuple[int, int]:
         """(batches, rows) left out behind everything listed. When nobody fills the tap any more."""
@@ -120,6 +117,30 @@ def fill(address: int, rows: Any) -> None:
     while address != 0 and rows.size > 0:
         _put(address, int64(rows[0]), rows)
         address = load64(address + 8 * _NEXT)
+
+
+@lean
+def look(address: int) -> int:
+    """How many entries are listed, all of which the thread knows of now: only what comes after them wakes it. The thread's."""
+    listed = load64(address + 8 * LISTED)
+    for number in range(load64(address + 8 * LOOKED), listed):
+        entry = entry_at(address, number)
+        if load64(entry + 8 * FIRST) != LOST:
+            _add(address, _SEEN, load64(entry + 8 * SIZE))
+    store64(address + 8 * LOOKED, listed)
+    return listed
+
+
+@lean
+def release(address: int, count: int) -> None:
+    """This many more entries have been read, and the rows of those. The thread's."""
+    store64(address + 8 * DONE, load64(address + 8 * DONE) + count)
+
+
+@lean
+def entry_at(address: int, number: int) -> int:
+    """The address of an entry."""
+    return load64(address + 8 * _LIST_AT) + 32 * (number % MOST_BATCHES)
 
 
 @lean
@@ -167,8 +188,7 @@ def _place(address: int, size: int, listed: int, done: int) -> int:
         return -1
     head, tail = load64(address + 8 * _HEAD), int64(-1)
     if listed > done:
-        entry = load64(address + 8 * _LIST_AT) + 32 * (done % MOST_BATCHES)
-        tail = load64(entry + 8 * _AT)
+        tail = load64(entry_at(address, done) + 8 * AT)
     if tail < 0:
         return 0 if size <= MOST_ROWS else -1
     if head < tail:
@@ -194,11 +214,11 @@ def _tell(address: int, listed: int, at: int) -> None:
 @lean
 def _list(address: int, listed: int, first: int, size: int, at: int, batches: int) -> None:
     """Write an entry."""
-    entry = load64(address + 8 * _LIST_AT) + 32 * (listed % MOST_BATCHES)
-    store64(entry, first)
-    store64(entry + 8 * _SIZE, size)
-    store64(entry + 8 * _AT, at)
-    store64(entry + 8 * _BATCHES, batches)
+    entry = entry_at(address, listed)
+    store64(entry + 8 * FIRST, first)
+    store64(entry + 8 * SIZE, size)
+    store64(entry + 8 * AT, at)
+    store64(entry + 8 * BATCHES, batches)
 
 
 @lean

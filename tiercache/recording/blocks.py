@@ -18,6 +18,7 @@ from tiercache.errors import FormatError
 from tiercache.native import lean, memcpy
 from tiercache.recording.codec import NUMBER_BYTES, Packed, Packer, num_words, pack_rows, put_all, unpack, unpack_numbers
 from tiercache.storage.checksum import xxh64
+from tiercache.tap import MOST_BATCHES
 
 MAGIC = b"TCrecord"
 HEAD, DATA, END = 1, 2, 3
@@ -40,6 +41,9 @@ HEADER = np.dtype(
     ]
 )
 """Of each block; 72 bytes."""
+
+_HEADER_WORDS = HEADER.itemsize // 8
+_MAGIC_WORD = int.from_bytes(MAGIC, "little")
 
 MOST_ROWS = 1 << 23
 """Rows and batches of a block."""
@@ -97,80 +101,96 @@ class _Head(BaseModel):
 
 def head_block(tables: list[RecordedTable]) -> bytes:
     """The block that says of which tables a recording is."""
-    return _block(HEAD, json.dumps({"format": 1, "tables": tables}).encode())
+    payload = json.dumps({"format": 1, "tables": tables}).encode()
+    return _header(HEAD, len(payload), _sum(payload), (0, 0)) + payload
 
 
 def end_block(dropped: tuple[int, int]) -> bytes:
     """The block that ends a recording."""
-    return _block(END, b"", dropped=dropped)
+    return _header(END, 0, _sum(b""), dropped)
 
 
 class Encoder:
-    """Makes the bytes of blocks of batches; keeps the memory that this takes for the next ones."""
+    """The memory that blocks of batches are made in. `room`: rows that it is enough for.
+
+    lists      int64[2 MOST_BATCHES], for the table and the size of each batch
+    places     int32[p], `sequences` uint8[s]: a packer's
+    words      int64[w], the bytes of a block; `data` uint8[8 w], the same memory
+    """
 
     def __init__(self) -> None:
+        self.lists = np.empty(2 * MOST_BATCHES, np.int64)
         self._packer = Packer()
-        self._out = np.empty(0, np.int64)
-        self._facts = np.zeros(4, np.int64)
+        self.make_room(0)
+
+    @property
+    def places(self) -> npt.NDArray[np.int32]:
+        return self._packer.places
+
+    @property
+    def sequences(self) -> npt.NDArray[np.uint8]:
+        return self._packer.sequences
+
+    @property
+    def data(self) -> npt.NDArray[np.uint8]:
+        return self.words.view(np.uint8)
+
+    def make_room(self, num_rows: int) -> None:
+        """Be ready for a block of this many rows, and any number of batches."""
+        self._packer.make_room(num_rows)
+        most = 8 * num_rows + NUMBER_BYTES * self.lists.size + self.sequences.size
+        self.words = np.empty((HEADER.itemsize + most) // 8 + 1, np.int64)
+        self.room = num_rows
 
     def encode(self, block: Block) -> npt.NDArray[np.uint8]:
-        """The bytes, good until the next call. At most MOST_ROWS rows, and as many batches."""
-        packer, facts = self._packer, self._facts
-        packer.make_room(block.rows.size)
-        lists = np.stack([block.tables, block.sizes], 1).reshape(-1)
-        most = 8 * block.rows.size + NUMBER_BYTES * lists.size + packer.sequences.size
-        if self._out.nbytes < HEADER.itemsize + most:
-            self._out = np.empty((HEADER.itemsize + most) // 8 + 1, np.int64)
-        words, data = self._out[HEADER.itemsize // 8 :], self._out.view(np.uint8)
-        num_bytes, payload_sum = encode(
-            block.rows, lists, packer.places, packer.sequences, words, words.view(np.uint8), facts
-        )
-        width, num_fresh, lists_bytes = facts[:3].tolist()
-        header = _header(
-            DATA,
-            num_bytes,
-            payload_sum,
-            width=width,
-            num_batches=block.sizes.size,
-            num_rows=block.rows.size,
-            num_fresh=num_fresh,
-            lists_bytes=lists_bytes,
-            dropped=block.dropped,
-        )
-        data[: HEADER.itemsize] = np.frombuffer(header, np.uint8)
-        return data[: HEADER.itemsize + num_bytes]
+        """The bytes, good until the next call. At most MOST_BATCHES batches."""
+        if block.rows.size > self.room:
+            self.make_room(block.rows.size)
+        lists = self.lists[: 2 * block.sizes.size]
+        lists[0::2], lists[1::2] = block.tables, block.sizes
+        num_bytes = encode(block.rows, lists, *block.dropped, self.places, self.sequences, self.words, self.data)
+        return self.data[:num_bytes]
 
 
 @lean
 def encode(
-    rows: Any, lists: Any, places: Any, sequences: Any, words: Any, out: Any, facts: Any
-) -> tuple[int, int]:
-    """Write a payload to `out`, whose memory is that of `words`: its bytes and its checksum.
-
-    facts: becomes width, fresh rows, and bytes of the lists. In one call, so that Python's lock is let go of and taken once.
-    """
-    sequences_bytes, num_fresh, width = pack_rows(rows, places, words, sequences)
-    lists_at = 8 * num_words(num_fresh, width)
-    end = lists_at + put_all(lists, out[lists_at:])
-    facts[0], facts[1], facts[2] = width, num_fresh, end - lists_at
-    memcpy(out.ctypes.data + end, sequences.ctypes.data, sequences_bytes)
+    rows: Any, lists: Any, dropped_batches: int, dropped_rows: int, places: Any, sequences: Any, words: Any, data: Any
+) -> int:
+    """Write a block to `data`, whose memory is that of `words`; its bytes. lists: of each batch, its table and its rows."""
+    sequences_bytes, num_fresh, width = pack_rows(rows, places, words[_HEADER_WORDS:], sequences)
+    lists_at = 8 * (_HEADER_WORDS + num_words(num_fresh, width))
+    end = lists_at + put_all(lists, data[lists_at:])
+    lists_bytes = end - lists_at
+    memcpy(data.ctypes.data + end, sequences.ctypes.data, sequences_bytes)
     end += sequences_bytes
-    return end, xxh64(out.ctypes.data, end)
+    payload = end - 8 * _HEADER_WORDS
+    counts = (width, lists.size // 2, rows.size, num_fresh, lists_bytes)
+    payload_sum = xxh64(data.ctypes.data + 8 * _HEADER_WORDS, payload)
+    _put_header(words, DATA, payload, payload_sum, dropped_batches, dropped_rows, counts)
+    return end
 
 
-def _block(kind: int, payload: bytes, *, dropped: tuple[int, int] = (0, 0)) -> bytes:
-    return _header(kind, len(payload), _sum(payload), dropped=dropped) + payload
+@lean
+def _put_header(
+    words: Any, kind: int, payload: int, payload_sum: int, dropped_batches: int, dropped_rows: int, counts: Any
+) -> None:
+    """Write HEADER. payload: bytes. counts: width, batches, rows, fresh rows, bytes of the lists."""
+    width, num_batches, num_rows, num_fresh, lists_bytes = counts
+    words[0] = _MAGIC_WORD
+    words[1] = kind | width << 32
+    words[2] = payload | num_batches << 32
+    words[3] = num_rows | num_fresh << 32
+    words[4] = lists_bytes
+    words[5], words[6] = dropped_batches, dropped_rows
+    words[7], words[8] = payload_sum, 0
+    words[8] = xxh64(words.ctypes.data, 8 * _HEADER_WORDS)
 
 
-def _header(kind: int, num_bytes: int, payload_sum: int, *, dropped: tuple[int, int], **fields: int) -> bytes:
-    header = np.zeros(1, HEADER)
-    header["magic"], header["kind"], header["payload_bytes"] = MAGIC, kind, num_bytes
-    header["dropped_batches"], header["dropped_rows"] = dropped
-    for name, value in fields.items():
-        header[name] = value
-    header["payload_sum"] = payload_sum
-    header["header_sum"] = _sum(header.tobytes())
-    return header.tobytes()
+def _header(kind: int, payload: int, payload_sum: int, dropped: tuple[int, int]) -> bytes:
+    """The header of a block without batches."""
+    words = np.zeros(_HEADER_WORDS, np.int64)
+    _put_header(words, kind, payload, payload_sum, *dropped, (0, 0, 0, 0, 0))
+    return words.tobytes()
 
 
 def _sum(data: bytes) -> int:

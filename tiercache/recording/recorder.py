@@ -1,20 +1,17 @@
 """Recorder: writes what a store is asked for to a file, behind the back of whoever asks.
 
 A batch's rows are copied to a tap as it is planned (`tap.py`). A thread looks at what waits there, at the latest after a
-second, packs it and writes it: it takes no lock of the store's, and Python's for moments. If it is too slow, whole batches are
-left out and counted; nobody ever waits. Each block is one write: what a killed process leaves can be read up to its last whole
-block.
+second, packs it and writes it (`drain.py`): until the end it takes no lock, not the store's nor Python's. If it is too slow,
+whole batches are left out and counted; nobody ever waits. Each block is one write: what a killed process leaves can be read
+up to its last whole block.
 """
 
 import errno
 import fcntl
 import os
-import select
 import threading
 import weakref
-from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,31 +20,16 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.errors import ClosedError
-from tiercache.native import lean
-from tiercache.recording.blocks import Block, Encoder, RecordedTable, bases_of, end_block, head_block, whole_bytes
+from tiercache.recording.blocks import Encoder, RecordedTable, bases_of, end_block, head_block, whole_bytes
+from tiercache.recording.drain import BYTES_WRITTEN, CLOSING, DROPPED_BATCHES, DROPPED_ROWS, FILE, INTERVAL_NS, WAKE, drain
 from tiercache.stats import RecordingStats
 from tiercache.storage.table import failures, storage_error
-from tiercache.tap import (
-    LOST,
-    LOST_BATCHES,
-    LOST_ROWS,
-    STOPPED,
-    TAKEN_BATCHES,
-    TAKEN_ROWS,
-    TAPS,
-    WORTH_ROWS,
-    Tap,
-    Waiting,
-    chain,
-)
+from tiercache.tap import LOST, LOST_BATCHES, LOST_ROWS, STOPPED, TAKEN_BATCHES, TAKEN_ROWS, TAPS, Tap, chain
 
 Rows = npt.NDArray[np.int64]
 
 INTERVAL_S = 1.0
 """After which what has come together is written, however little it is."""
-
-BLOCK_ROWS = WORTH_ROWS
-"""Rows that are worth a block: more of them repeat more, and are longer in coming."""
 
 
 class _Writer:
@@ -55,17 +37,18 @@ class _Writer:
 
     def __init__(self, descriptor: int, tap: Tap, bases: Rows, lock: Any) -> None:
         self.descriptor, self.tap, self.bases, self.lock = descriptor, tap, bases, lock
-        self.ending = threading.RLock()  # of the next three
-        self.running = self.closing = False
+        self.ending = threading.RLock()  # of the next two, and of what `state` says of the end
+        self.running = False
         self.open = True
-        self.bytes_written = 0
+        self.state = np.zeros(16, np.int64)
+        self.state[[FILE, WAKE, INTERVAL_NS]] = descriptor, tap.wake, int(1e9 * INTERVAL_S)
         self.error: OSError | None = None
         self._encoder = Encoder()
 
     def end(self) -> None:
         """Have the thread write what waits and end. A second time, or where it never began, there is nothing to do."""
         with self.ending:
-            self.closing = True
+            self.state[CLOSING] = 1
             if not self.running:
                 self._close()
             elif self.open:
@@ -74,17 +57,21 @@ class _Writer:
     def run(self) -> None:
         """The thread."""
         with self.ending:
-            if self.closing:
+            if self.state[CLOSING]:
                 return
             self.running = True
+        error: OSError | None = None
         try:
             self._write_until_closing()
-        except BaseException as error:
-            self.error = self.error or OSError(errno.EIO, f"the thread that writes it has ended: {error!r}")
+        except OSError as found:
+            error = found
+        except MemoryError:
+            error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        except BaseException as found:
+            error = OSError(errno.EIO, f"the thread that writes it has ended: {found!r}")
             raise
         finally:
-            with self.lock:
-                self.tap.counts[STOPPED] = 1
+            self._give_up(error)
             with self.ending:
                 self._close()
 
@@ -96,45 +83,41 @@ class _Writer:
             os.close(self.descriptor)
 
     def _write_until_closing(self) -> None:
-        poll = select.poll()
-        poll.register(self.tap.wake, select.POLLIN)
-        lost, closing = (0, 0), False
-        while not closing:
-            if poll.poll(1000 * INTERVAL_S):
-                os.eventfd_read(self.tap.wake)
-            closing = self.closing
-            if closing:
-                with self.lock:
-                    self.tap.counts[STOPPED] = 1
-            for block, count in _blocks(self.tap.look(), self.tap.rows, self.bases, lost):
-                lost = (0, 0) if block.sizes.size else block.dropped
-                if block.sizes.size:
-                    self._write(block)
-                self.tap.done(count)
-        try:
-            if self.error is None:
-                untold = self.tap.untold()
-                _write_all(self.descriptor, end_block((lost[0] + untold[0], lost[1] + untold[1])))
-                os.fsync(self.descriptor)
-        except OSError as error:
-            self.error = error
-
-    def _write(self, block: Block) -> None:
-        """Write a block. What cannot be written counts as left out, and so does all that comes."""
-        if self.error is None:
-            try:
-                data = self._encoder.encode(block)
-                _write_all(self.descriptor, data.data)
-                self.bytes_written += data.size
-                return
-            except OSError as error:
-                self.error = error
-            except MemoryError:
-                self.error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        self._drain()
         with self.lock:
             self.tap.counts[STOPPED] = 1
-            self.tap.counts[[TAKEN_BATCHES, TAKEN_ROWS]] -= block.sizes.size, block.rows.size
-            self.tap.counts[[LOST_BATCHES, LOST_ROWS]] += block.sizes.size, block.rows.size
+        self._drain()
+        dropped = self.state[[DROPPED_BATCHES, DROPPED_ROWS]] + self.tap.untold()
+        _write_all(self.descriptor, end_block((int(dropped[0]), int(dropped[1]))))
+        os.fsync(self.descriptor)
+
+    def _drain(self) -> None:
+        """Write what waits until the end is near."""
+        memory, tap = self._encoder, self.tap
+        result = -1
+        while result:
+            result = drain(
+                tap.address, self.state, tap.rows, self.bases, memory.room, memory.lists, memory.places, memory.sequences,
+                memory.words, memory.data,
+            )  # fmt: skip
+            if result < 0:
+                raise OSError(-result, os.strerror(-result))
+            if result > 0:
+                memory.make_room(result)
+
+    def _give_up(self, error: OSError | None) -> None:
+        """Record nothing more. What still waits, because it could not be written, counts as left out."""
+        with self.lock:
+            counts = self.tap.counts
+            counts[STOPPED] = 1
+            waiting = self.tap.look()
+            batches, rows = waiting.batches, waiting.sizes
+            taken = waiting.firsts != LOST
+            unwritten = np.array([batches[taken].sum(), rows[taken].sum()])
+            counts[[TAKEN_BATCHES, TAKEN_ROWS]] -= unwritten
+            counts[[LOST_BATCHES, LOST_ROWS]] += unwritten
+            self.tap.done(taken.size)
+            self.error = error
 
 
 class Recorder:
@@ -190,7 +173,8 @@ class Recorder:
         with self._lock:
             batches, rows, lost_batches, lost_rows = counts[TAKEN_BATCHES : LOST_ROWS + 1].tolist()
             error = None if writer.error is None else str(writer.error)
-            return RecordingStats(str(self.path), batches, rows, lost_batches, lost_rows, writer.bytes_written, error)
+            written = int(writer.state[BYTES_WRITTEN])
+            return RecordingStats(str(self.path), batches, rows, lost_batches, lost_rows, written, error)
 
     def close(self) -> None:
         """Write what is waiting, and end the recording. A second close does nothing, unless the first was interrupted.
@@ -241,47 +225,6 @@ def _write_all(descriptor: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
-
-
-def _blocks(
-    waiting: Waiting, ring: npt.NDArray[Any], bases: Rows, lost: tuple[int, int]
-) -> Iterator[tuple[Block, int]]:
-    """What waits, in blocks of about BLOCK_ROWS rows, each with the number of its entries. One begins where batches were left
-    out, and where rows do not follow those before them in the ring.
-
-    lost: batches and rows that were left out before all. A block that only tells of batches left out has none of its own.
-    """
-    gone, sizes = waiting.firsts == LOST, np.where(waiting.firsts == LOST, 0, waiting.sizes)
-    ends = np.cumsum(sizes)
-    number = (ends - 1) // BLOCK_ROWS
-    begins = gone.copy()
-    begins[1:] |= gone[:-1] | (waiting.at[1:] != waiting.at[:-1] + sizes[:-1]) | (np.diff(number) != 0)
-    edges = [0, *(np.flatnonzero(begins[1:]) + 1).tolist(), sizes.size]
-    tables = np.searchsorted(bases, waiting.firsts, side="right") - 1
-    for first, last in pairwise(edges if sizes.size else [0]):
-        if gone[first]:
-            lost = lost[0] + int(waiting.batches[first]), lost[1] + int(waiting.sizes[first])
-            yield Block(_NONE, _NONE, _NONE, lost), 1
-            continue
-        at = int(waiting.at[first])
-        rows = ring[at : at + int(sizes[first:last].sum())]
-        if bases.size > 1:
-            _localise(rows, sizes[first:last], bases[tables[first:last]])
-        yield Block(tables[first:last], sizes[first:last], rows, lost), last - first
-        lost = (0, 0)
-
-
-_NONE = np.empty(0, np.int64)
-
-
-@lean
-def _localise(rows: Any, sizes: Any, bases: Any) -> None:
-    """Rows of the store become rows of their tables: batch i has the next sizes[i], of the table that begins with bases[i]."""
-    at = 0
-    for i in range(sizes.size):
-        for k in range(at, at + sizes[i]):
-            rows[k] -= bases[i]
-        at += sizes[i]
 
 
 def _finish(process: int, thread: threading.Thread, writer: _Writer) -> None:
