@@ -22,7 +22,7 @@ from tiercache.native import entry_of, inlined, int64, lean, prefetch
 from tiercache.policies import LOOK_AHEAD
 from tiercache.policies.base import BYPASS, EMPTY, Policy, ask, ask_miss, on_hit, on_miss
 from tiercache.policies.expected import LEFT
-from tiercache.tap import TAPS, fill
+from tiercache.tap import TAPS, approach, fill
 
 SLOT = np.dtype([("key", "i8"), ("stamp", "i4"), ("pins", "i2"), ("pending", "i1"), ("mark", "u1")])
 """Per slot: its row or EMPTY; the batch that last used it; plans that hold it; reads it waits for (negative: failed); a
@@ -261,6 +261,7 @@ def plan_batch(
     slots: Any, table: Any, seen: Any, counters: Any, state: Any, rows: Any, plan: Plan, num_reads: int, idly: bool
 ) -> int:
     """Plan a batch. Bits: _SERVED, if every row was resident and `idly` said that this will do; _TAKE_NOTES."""
+    approach(counters[TAPS])
     note_rows(counters, rows, 0)
     fill(counters[TAPS], rows)
     missing = find_batch(slots, table, seen, counters, state, rows, plan, idly)

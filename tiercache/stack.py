@@ -30,7 +30,7 @@ from tiercache.level import (
 )
 from tiercache.native import lean
 from tiercache.policies.base import ask_miss
-from tiercache.tap import TAPS, fill
+from tiercache.tap import TAPS, approach, fill
 
 _NO_SLOTS = np.empty(0, np.int32)
 _NO_ROWS = np.empty(0, np.int64)
@@ -104,6 +104,7 @@ def find_above(
 
     Collects the positions that are missing, and their rows.
     """
+    approach(counters[TAPS])
     note_rows(counters, rows, 0)
     fill(counters[TAPS], rows)
     missing = find_batch(slots, table, seen, counters, state, rows, plan, idly)

@@ -14,7 +14,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tiercache.native import SYS_WRITE, int64, lean, load64, memcpy, narrow, store64, syscall
+from tiercache.native import (
+    PREFETCH_BYTES,
+    SYS_WRITE,
+    fence,
+    int64,
+    lean,
+    load64,
+    memcpy,
+    narrow,
+    prefetch,
+    store64,
+    stream_narrow,
+    syscall,
+)
 
 Rows = npt.NDArray[np.int64]
 
@@ -112,6 +125,21 @@ def chain(taps: list[Tap]) -> int:
 
 
 @lean
+def approach(address: int) -> None:
+    """A chain of taps is filled soon: ask for the memory that this will touch first."""
+    while address != 0:
+        for line in range(0, 8 * STOPPED, PREFETCH_BYTES):
+            prefetch(address + line)
+        listed = load64(address + 8 * LISTED)
+        prefetch(entry_at(address, listed))
+        prefetch(entry_at(address, load64(address + 8 * DONE)))
+        ring = load64(address + 8 * _ROWS_AT) + load64(address + 8 * _ROW_BYTES) * load64(address + 8 * _HEAD)
+        for line in range(0, 4 * PREFETCH_BYTES, PREFETCH_BYTES):
+            prefetch(ring + line)
+        address = load64(address + 8 * _NEXT)
+
+
+@lean
 def fill(address: int, rows: Any) -> None:
     """Copy a batch to a chain of taps. One without rows is left to `Tap.add`: nothing tells its table."""
     while address != 0 and rows.size > 0:
@@ -164,7 +192,11 @@ def _put(address: int, first: int, rows: Any) -> None:
         end += 1
         target = load64(address + 8 * _ROWS_AT) + load64(address + 8 * _ROW_BYTES) * at
         if load64(address + 8 * _ROW_BYTES) == 4:
-            narrow(target, rows.ctypes.data, size)
+            if size < 256:
+                narrow(target, rows.ctypes.data, size)
+            else:
+                stream_narrow(target, rows.ctypes.data, size)
+                fence()
         else:
             memcpy(target, rows.ctypes.data, 8 * size)
         store64(address + 8 * _HEAD, at + size)
