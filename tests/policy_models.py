@@ -407,10 +407,12 @@ class Gittins(Model):
 
     def judge(self, group):
         """Straight from the definition: the best of all times to give up, for each age."""
-        at, alive, uses, time = 0, 1.0, [], []
+        at, alive, share, uses, time = 0, 1.0, 0.0, [], []
         for age in range(48):
             at += self.reached[group][age]
-            uses.append(alive * (min(self.returns[group][age], at) / (at + 256)))
+            doubt = 256 * (32 if age else 1)
+            share = (min(self.returns[group][age], at) + doubt * share) / (at + doubt)
+            uses.append(alive * share)
             alive -= uses[-1]
             time.append((alive + uses[-1] / 2) * 2 ** max(age // 4 - 1, 0))
         best = [

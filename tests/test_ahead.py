@@ -390,9 +390,11 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule()
     def cancel(self):
-        expectation, _ = self.held.pop()
+        expectation, table = self.held.pop()
+        assert repr(expectation) == f"<Expectation of table {table!r}>"
         expectation.cancel()
         expectation.cancel()
+        assert repr(expectation) == f"<Expectation of table {table!r}, cancelled>"
         assert expectation.left == 0
 
     @precondition(lambda self: self.held)

@@ -110,6 +110,17 @@ def test_the_smallest_config_is_written_and_is_otherwise_the_old_one(tune: Tune,
     assert wanted < hosts[-1]
 
 
+def test_figures_that_rest_on_a_hot_set_say_so(tune: Tune, there: Path) -> None:
+    assert "hot_set" not in tune().stdout
+    np.save(there / "hot.npy", np.arange(9))
+    config = (there / "store.toml").read_text()
+    assert "[host]" in config
+    (there / "store.toml").write_text(config.replace("[host]", '[host]\nhot_set = "hot.npy"'))
+    result = tune()
+    assert result.exit_code == 0, result.output
+    assert "host.hot_set = 'hot.npy': made from this trace, it knows what is still to come" in result.stdout
+
+
 def test_a_config_beside_the_old_one_keeps_its_paths(tune: Tune, there: Path) -> None:
     result = tune(target_tokens_per_s=1, out="new.toml")
     assert result.exit_code == 0, result.output
@@ -199,12 +210,12 @@ def test_a_target_out_of_reach_is_an_error_that_says_what_binds(
         ({"config": "none.toml"}, 2, "table: is required, unless a recording says what the tables are"),
         ({"rows_per_token": None}, 2, "--rows-per-token: is required for a trace of rows"),
         ({"trace": None}, 2, "--rows-per-token: is not for a text, which has 16 rows a token by its hashing"),
-        ({"warm_up": 1}, 2, "--warm-up, --sample: warm_up = 1.0: leaves no batch to count of 300"),
+        ({"warm_up": 1}, 2, "--warm-up 1.0: leaves no batch to count of 300"),
         ({"sample": 1e-9}, 2, "--sample 1e-09: leaves 720 of 12,000 rows asked for, which tell too little; allowed are shares"),
         ({"rows_per_token": "inf"}, 2, "--rows-per-token inf: allowed are finite numbers"),
         ({"target_tokens_per_s": "inf"}, 2, "--target-tokens-per-s inf: allowed are finite numbers"),
         ({"ram": "\N{SUPERSCRIPT TWO}"}, 2, "allowed are a number of bytes above zero"),
-        ({"sample": 2}, 2, "--warm-up, --sample: rate = 2.0: allowed are shares above 0, up to 1"),
+        ({"sample": 2}, 2, "--sample 2.0: allowed are shares above 0, up to 1"),
         ({"trace": "more.csv"}, 1, "more.csv: has row 3000; the table has rows 0 to 2999"),
         ({"trace": "empty.csv"}, 1, "empty.csv: holds no rows to replay"),
         ({"table": "b"}, 2, "--table 'b': allowed are table"),

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tiercache.config import DeviceConfig, StoreConfig, TierConfig
 from tiercache.curve import Curve
-from tiercache.errors import ConfigError
+from tiercache.errors import ConfigError, FormatError, StorageError
 from tiercache.groups import keys_of
 from tiercache.level import BYPASSES, HITS, MISSES, PINNED, Level
 from tiercache.policies import POLICIES
@@ -106,8 +106,13 @@ def hot_rows_of(tier: str, path: Path, num_rows: int, group_rows: int) -> npt.ND
     """Rows of a tier's hot set, int64[n]. ConfigError where one is none of the store's, or where rows or groups are there twice
     or not whole; FormatError where the file is no list of rows, StorageError where it cannot be read.
     """
-    rows = read_rows(path)
     where = f"{tier}.hot_set = {str(path)!r}"
+    try:
+        rows = read_rows(path)
+    except StorageError as error:
+        raise StorageError(error.errno, f"{tier}.hot_set: {error.strerror}", str(path)) from error
+    except FormatError as error:
+        raise FormatError(f"{tier}.hot_set: {error}") from error
     wrong = (rows < 0) | (rows >= num_rows)
     if wrong.any():
         at = int(wrong.argmax())

@@ -27,6 +27,9 @@ class Expectation:
         self._leave = leave
         self._lane: int | None = lane  # last: what has a lane can let go of it
 
+    def __repr__(self) -> str:
+        return f"<Expectation of table {self._table.name!r}{', cancelled' if self._lane is None else ''}>"
+
     @property
     def left(self) -> int:
         """Rows, duplicates counted, that are still expected."""

@@ -27,7 +27,7 @@ from tiercache.storage.memory import read_rows
 from tiercache.storage.publish import publishing, require_place
 from tiercache.storage.reads import Targets
 from tiercache.storage.table import failures
-from tiercache.warm import adopt
+from tiercache.warm import begin_with
 
 Rows = npt.NDArray[np.int64]
 
@@ -95,8 +95,7 @@ def admit(levels: Mapping[str, Level], hot_sets: Mapping[str, Rows]) -> dict[str
         for above in admitted.values():
             rows = rows[~np.isin(rows, above.rows)]
         rows = np.ascontiguousarray(rows[: level.capacity][::-1])
-        slots = np.empty(rows.size, np.int32)
-        adopt(level.slots, level.table, level.counters, level.state, rows, slots)
+        slots = begin_with(level, rows)
         kept = slots >= 0
         admitted[name] = Admitted(rows[kept], slots[kept])
     return admitted

@@ -60,7 +60,7 @@ class LevelStats(NamedTuple):
         lines = [f"{self.policy}: {self.hit_rate:.1%} of {asked:,} {what} were hits; {held}"]
         if self.curve_uses:
             shown = (f"{rate:.1%} at {slots / self.capacity_slots:.3g} x" for slots, rate in self.curve)
-            lines.append("LRU would have: " + ", ".join(shown))
+            lines.append(f"LRU, begun empty, would have, by {self.curve_uses:,} uses: " + ", ".join(shown))
         verdict = {True: "pays", False: "does not pay", None: "not judged yet"}[self.pays]
         return "\n".join([*lines, f"{verdict}: {self.why}"])
 

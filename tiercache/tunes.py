@@ -137,6 +137,13 @@ def _remarks(predict: Predictor, here: Sizes) -> list[str]:
         f"of the rows that count, {asked.first_uses / asked.accesses:.1%} were asked for the first time; at <- the disk brings "
         f"{found.misses:.1%}"
     )
+    begun = predict.config(here)
+    for name, tier in (("device", begun.device), ("host", begun.host)):
+        if tier is not None and tier.hot_set is not None:
+            lines.append(
+                f"{name}.hot_set = {str(tier.hot_set)!r}: made from this trace, it knows what is still to come; then these "
+                "figures are more than another day will bring"
+            )
     lines.append(f"with every row in the top tier: {predict.ceiling(here):,.0f} tokens/s")
     return lines
 
@@ -154,8 +161,8 @@ def _rows_per_token(what: replays.What, tables: list[RecordedTable], wanted: Wan
 def _asked(trace: Trace, wanted: Wanted) -> Asked:
     try:
         asked = ask(trace, warm_up=wanted.warm_up, rate=wanted.rate)
-    except ValueError as error:
-        raise ConfigError(f"--warm-up, --sample: {error}") from None
+    except ValueError:
+        raise ConfigError(f"--warm-up {wanted.warm_up}: leaves no batch to count of {trace.num_batches}") from None
     if asked.rate < 1 and asked.trace.rows.size < _LEAST_SAMPLED:
         raise ConfigError(
             f"--sample {wanted.rate}: leaves {asked.trace.rows.size:,} of {trace.rows.size:,} rows asked for, which tell too "
@@ -200,6 +207,8 @@ def _require_sense(wanted: Wanted) -> None:
     for option, number in numbers.items():
         if number is not None and not isfinite(number):
             raise ConfigError(f"{option} {number}: allowed are finite numbers")
+    if wanted.rate is not None and not 0 < wanted.rate <= 1:
+        raise ConfigError(f"--sample {wanted.rate}: allowed are shares above 0, up to 1")
     if wanted.ram is None and wanted.profile is None:
         raise ConfigError("--ram: is required, the most that the host tier may have; only --profile goes without")
     needing = {"--hbm": wanted.hbm, "--target-tokens-per-s": wanted.target, "--save-machine": wanted.save_machine}

@@ -124,12 +124,22 @@ def _fill(tier: Tier, part: Part, num_rows: int) -> tuple[str, ...]:
     if part.rows.size and (part.rows.min() < _NO_ROW or part.rows.max() >= num_rows):
         raise FormatError(f"{part.file.path}: not an image of tiers: it has rows that the tables have not")
     positions = np.flatnonzero(part.rows >= 0)[-level.capacity :]
-    slots = np.empty(positions.size, np.int32)
-    adopt(level.slots, level.table, level.counters, level.state, part.rows[positions], slots)
+    slots = begin_with(level, part.rows[positions])
     kept = slots >= 0
     notes = tier.restore(part, positions[kept], slots[kept])
     unpin(level.slots, level.counters, slots[kept])
     return notes
+
+
+def begin_with(level: Level, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """Give each row int64[n], the coldest first and none twice, a slot of a new level, pinned, or -1 where the policy keeps it
+    out: int32[n].
+    """
+    slots = np.empty(rows.size, np.int32)
+    adopt(level.slots, level.table, level.counters, level.state, rows, slots)
+    if level.policy.rank is not None:
+        level.policy.rank(level.state, level.slots["key"], slots[slots >= 0][::-1])
+    return slots
 
 
 @lean

@@ -33,11 +33,15 @@ class Policy(NamedTuple):
     `init(capacity, **parameters)` makes the state for `capacity` slots; `check(state, keys)` raises AssertionError
     where the state contradicts itself. A field `marks`, uint8[capacity] of zeros, of a state may be replaced by another
     array, strided, before the first call: so the level keeps that byte beside the slot's key.
+
+    `rank(state, keys, slots)` tells of the rows that a tier begins with, before the first access, which slots they have: int32,
+    hottest first. For a policy to which this is more than that they came in the other order.
     """
 
     name: str
     init: Callable[..., Any]
     check: Callable[[Any, Any], None]
+    rank: Callable[[Any, Any, Any], None] | None = None
 
     @property
     def parameters(self) -> tuple[str, ...]:

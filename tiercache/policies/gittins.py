@@ -1,8 +1,9 @@
 """Gittins: evict the row whose slot will earn the fewest hits for the time it takes, as measured on this very trace.
 
 Rows are told apart by two things: how often they were used, up to 15, and how long before the last use the one before it was:
-less than a tier's worth of accesses, more, or not since the row came. That makes a *class*. The policy measures for each class
-how the next use comes: after what time, or never. From that follows an index for each class and each age since the last use,
+less than a tier's worth of accesses, more, or not since the row came, or since the tier began with it. That makes a *class*.
+The policy measures for each class how the next use comes: after what time, or never. From that follows an index for each class
+and each age since the last use,
 
     index(class, age) = max over T of  P(used again within T) / E[time until used again, or T],
 
@@ -13,9 +14,11 @@ whether recency or frequency counts, and how much, is measured, and follows the 
 What is measured must not depend on what is evicted, or a class that is thrown away early would never be seen to return. So it
 is measured on a sample of rows (by hash, resident or not), each remembered until its place is taken. Of each class and age are
 counted the rows that reached it, and those that were used in it; so what is too young to have returned does not count as lost,
-and a tier that begins empty learns right from the start. And how often a row was used must outlive its eviction: most uses that
-matter lie before it entered. So eight fingerprints of 12 bits a slot remember the uses of rows that left; in a full line of 32
-the least used of four leaves and the others age.
+and a tier that begins empty learns right from the start. What few rows of a class have reached is taken to go on as it went
+before: where uses follow a power law, as many return in one quarter octave as in the next.
+
+How often a row was used must outlive its eviction: most uses that matter lie before it entered. So eight fingerprints of 12
+bits a slot remember the uses of rows that left; in a full line of 32 the least used of four leaves and the others age.
 
 A hit writes two bytes, which 32 slots share a cache line for. Time runs in accesses, ages in quarter octaves of a 64th of the
 tier's slots; a slot remembers ages up to eight times the tier's slots, a hand that goes round keeps what is older at that.
@@ -41,9 +44,9 @@ from tiercache.policies.keyset import mix
 
 _MOST_USES = 15
 _INTERVALS = 4
-_SHORT, _LONG, _NONE = 0, 1, 3
-"""The interval before the last use: shorter than the tier's slots, in accesses, or longer; or none, as the row has just come.
-A finer division makes classes that are learned more slowly than it tells."""
+_SHORT, _LONG, _GIVEN, _NONE = range(4)
+"""The interval before the last use: shorter than the tier's slots, in accesses, or longer; or none, as the tier began with the
+row, or as it has just come. A finer division makes classes that are learned more slowly than it tells."""
 _TIER = 20
 """Column of an age of as many accesses as the tier has slots."""
 _CLASSES = (_MOST_USES + 1) * _INTERVALS
@@ -64,6 +67,8 @@ _ONE = 256
 """What one event counts, so that it can fade."""
 _FADE = 3
 _ENOUGH = 16
+_DOUBT = 32
+"""Rows that would have to reach an age to count as much as the guess that it brings what the age before it brings."""
 _CYCLE = 1 << 16
 """Accesses in which every class is judged once, in tiers of up to twice as many slots."""
 _SAMPLES = 1 << 18
@@ -114,7 +119,7 @@ class State(NamedTuple):
 
 
 def init(capacity: int) -> State:
-    """State of `capacity` slots: 18 bytes a slot, and 2 MiB at most."""
+    """State of `capacity` slots: 18 bytes a slot, and 2.2 MiB at most."""
     shift = max(capacity // _UNITS, 1).bit_length() - 1
     rarity = max(_rarity(_MEMORY * capacity), min(_rarity(4 * _MEMORY * capacity), 3))
     interval = max(max(capacity // 2, min(8 * capacity, _CYCLE)) // _CLASSES, _PATROL)
@@ -157,7 +162,31 @@ def _first_guess() -> npt.NDArray[np.int32]:
     """Before anything was measured: uses by age."""
     ages = np.arange(_COLUMNS, dtype=np.int64)
     uses = np.arange(_CLASSES, dtype=np.int64)[:, None] // _INTERVALS
-    return ((uses << 24) // (1 + ages**3)).astype(np.int32)
+    return ((uses << 24) // (1 + ages)).astype(np.int32)
+
+
+def rank(state: State, keys: Any, slots: npt.NDArray[np.int32]) -> None:
+    """Hotter rows count as used more often: 15 times the first 225th of them, down to once the last eighth. That they were
+    admitted was no use of theirs: time, and what is measured, begins now.
+    """
+    for array in (state.samples, state.returns, state.reached, state.seen):
+        array[:] = 0
+    state.worth[:] = _first_guess()
+    state.book[[_CLOCK, _GROUP, _LESSON]] = 0
+    place = np.arange(slots.size) / max(slots.size, 1)
+    uses = np.maximum(_MOST_USES - np.floor(_MOST_USES * np.sqrt(place)), 1).astype(np.int64)
+    _begin_with(state, keys, slots, uses)
+
+
+@lean
+def _begin_with(state: State, keys: Any, slots: Any, uses: Any) -> None:
+    """These slots' rows were used so often, now."""
+    for i in range(slots.size - 1, -1, -1):
+        slot, group = slots[i], (uses[i] << 2) | _GIVEN
+        state.words[slot] = group
+        bits = mix(keys[slot] + 1)
+        if bits & state.book[_SAMPLE_MASK] == 0:
+            _observe(state, keys[slot], bits, int64(0), group)
 
 
 @inlined
@@ -424,13 +453,16 @@ def _judge(state: State, group: int) -> None:
 
     From the last age to the first: the best time to give up is the end of a run of ages that together bring more than any
     shorter run and than what follows. An age is a run by itself, and takes in the run behind it for as long as that is better.
-    Only sums, products and quotients of float64, which are the same on every machine.
+    What few have reached is guessed from the age before. Only sums, products and quotients of float64, which are the same on
+    every machine.
     """
     uses, time, end = state.uses, state.time, state.end
-    alive, at = 1.0, int64(0)
+    alive, at, share = 1.0, int64(0), 0.0
     for age in range(_NUM_AGES):
         at += state.reached[group, age]
-        used = alive * (min(state.returns[group, age], at) / (at + _ONE))
+        doubt = _DOUBT * _ONE if age > 0 else _ONE
+        share = (min(state.returns[group, age], at) + doubt * share) / (at + doubt)
+        used = alive * share
         alive -= used
         uses[age], time[age], end[age] = used, (alive + used / 2) * (1 << max((age >> 2) - 1, 0)), age + 1
     for age in range(_NUM_AGES - 1, -1, -1):
@@ -459,4 +491,4 @@ def check(state: State, keys: npt.NDArray[np.int64]) -> None:
 bind(State, on_hit=on_hit, on_miss=on_miss, ask=ask, ask_miss=ask_miss)
 for _name, _function in (("worth_of", _index), ("least_of", _anything)):
     setattr(State, _name, staticmethod(_function))
-POLICY = Policy("gittins", init, check)
+POLICY = Policy("gittins", init, check, rank)

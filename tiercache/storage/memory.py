@@ -117,7 +117,7 @@ def read_rows(path: Path) -> npt.NDArray[np.int64]:
     except FormatError:
         raise
     except (ValueError, EOFError, SyntaxError, TokenError) as error:
-        raise FormatError(f"{path}: not a .npy file: {error}") from error
+        raise FormatError(f"{path}: not a whole .npy file; allowed is a 1-D array of integers in one") from error
     if rows.size != mapped.size:
         raise FormatError(f"{path}: ends after {rows.size} of {mapped.size} row numbers")
     return rows.astype(np.int64)
