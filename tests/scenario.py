@@ -13,6 +13,7 @@ import numpy as np
 from stores import ENGRAM, config_of, write_engram, write_shards
 
 from tiercache.errors import StorageError
+from tiercache.recording.reader import Recording
 from tiercache.storage.memory import MemoryTable
 from tiercache.storage.pack import pack_rows
 from tiercache.store import Store
@@ -42,7 +43,8 @@ def run(directory, engine, direct, policy, group_rows=1):
     faulty = FaultySource(MemoryTable(records, ENGRAM), errors=dict.fromkeys(range(0, 90, 9), errno.EIO))
     digest, failures = hashlib.sha256(), []
     random = np.random.default_rng(1)
-    with Store.open(config, tables={"memory": records, "faulty": faulty}) as store:
+    path = directory / f"{engine}-{direct}-{policy}-{group_rows}.trace"
+    with Store.open(config, tables={"memory": records, "faulty": faulty}) as store, store.record(path) as recording:
         for number in range(24):
             table = store.tables[number % len(store.tables)]
             rows = random.integers(0, 90, group_rows * int(random.integers(0, 20)))
@@ -64,6 +66,10 @@ def run(directory, engine, direct, policy, group_rows=1):
         digest.update(store.fetch(range(90 // group_rows * group_rows), table="shards").numpy().tobytes())
         store.check()
         stats = store.stats()
+    recorded = list(Recording(path).batches())
+    assert len(recorded) == recording.stats().batches > 30
+    for name, rows in recorded:
+        digest.update(name.encode() + rows.tobytes())
     counts = [stats.host.hits, stats.host.misses, stats.host.bypasses, stats.fetches, stats.rows]
     return [digest.hexdigest(), counts, failures]
 

@@ -369,6 +369,21 @@ def test_a_recording_that_failed_is_told_when_the_store_is_closed(tmp_path: Path
     assert descriptors_of(tmp_path / "rows.trace") == 0
 
 
+def test_signals_interrupt_no_write_and_no_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "INTERVAL_S", 0.002)
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with open_store() as store, store.record(tmp_path / "rows.trace") as recording:
+            for turn in range(1000):
+                store.fetch([turn, 999 - turn], table="a")
+                assert recording._thread.ident is not None
+                signal.pthread_kill(recording._thread.ident, signal.SIGUSR1)
+        assert recording.stats()[1:5] == (1000, 2000, 0, 0)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert read(tmp_path / "rows.trace") == [("a", [turn, 999 - turn]) for turn in range(1000)]
+
+
 def test_a_recorder_whose_thread_cannot_begin_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

@@ -96,10 +96,8 @@ class _Writer:
         memory, tap = self._encoder, self.tap
         result = -1
         while result:
-            result = drain(
-                tap.address, self.state, tap.rows, self.bases, memory.room, memory.lists, memory.places, memory.sequences,
-                memory.words, memory.data,
-            )  # fmt: skip
+            room = memory.room, memory.lists, memory.places, memory.sequences, memory.words, memory.data
+            result = int(drain(tap.address, self.state, tap.rows, self.bases, *room))
             if result < 0:
                 raise OSError(-result, os.strerror(-result))
             if result > 0:
