@@ -400,8 +400,9 @@ class Gittins(Model):
         self.seen[group] = self.now
         if self.reached[group][0] >= 16 * 256:
             self.worth[group] = self.judge(group)
-        elif group >= 8:
-            self.worth[group] = self.worth[group - 4][:48] + self.worth[group][48:]
+        elif group >= 8 or group % 4 == 2:
+            like = group + 1 if group % 4 == 2 else group - 4
+            self.worth[group] = self.worth[like][:48] + self.worth[group][48:]
         for counts in self.returns[group], self.reached[group]:
             counts[:48] = [count - (count >> 3) for count in counts[:48]]
 

@@ -384,6 +384,28 @@ def test_signals_interrupt_no_write_and_no_sleep(tmp_path: Path, monkeypatch: py
     assert read(tmp_path / "rows.trace") == [("a", [turn, 999 - turn]) for turn in range(1000)]
 
 
+def test_a_recording_that_is_closed_before_its_thread_runs_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, go = recorder._Writer.run, threading.Event()
+
+    def later(self: recorder._Writer) -> None:
+        assert go.wait(30)
+        run(self)
+
+    monkeypatch.setattr(recorder._Writer, "run", later)
+    path = tmp_path / "rows.trace"
+    with open_store() as store:
+        recording = store.record(path)
+        store.fetch([1, 2, 3], table="a")
+        closing = threading.Thread(target=recording.close)
+        closing.start()
+        while not recording._writer.state[drain.CLOSING]:
+            time.sleep(0.001)
+        go.set()
+        closing.join()
+    assert read(path) == [("a", [1, 2, 3])]
+    assert descriptors_of(path) == 0
+
+
 def test_a_recorder_whose_thread_cannot_begin_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

@@ -1,9 +1,9 @@
 """Gittins: evict the row whose slot will earn the fewest hits for the time it takes, as measured on this very trace.
 
 Rows are told apart by two things: how often they were used, up to 15, and how long before the last use the one before it was:
-less than a tier's worth of accesses, more, or not since the row came, or since the tier began with it. That makes a *class*.
-The policy measures for each class how the next use comes: after what time, or never. From that follows an index for each class
-and each age since the last use,
+less than a tier's worth of accesses, more, or not since the row came. Rows that the tier began with are told apart by their
+rank until they are used. That makes a *class*. The policy measures for each class how the next use comes: after what time, or
+never. From that follows an index for each class and each age since the last use,
 
     index(class, age) = max over T of  P(used again within T) / E[time until used again, or T],
 
@@ -47,6 +47,7 @@ _INTERVALS = 4
 _SHORT, _LONG, _GIVEN, _NONE = range(4)
 """The interval before the last use: shorter than the tier's slots, in accesses, or longer; or none, as the tier began with the
 row, or as it has just come. A finer division makes classes that are learned more slowly than it tells."""
+_RANKS = 15
 _TIER = 20
 """Column of an age of as many accesses as the tier has slots."""
 _CLASSES = (_MOST_USES + 1) * _INTERVALS
@@ -86,7 +87,7 @@ _USED, _CLOCK, _DRAWS, _SHIFT, _SAMPLE_MASK, _GROUP, _LESSON, _INTERVAL, _HAND, 
 class State(NamedTuple):
     """Words by slot, what is remembered of rows that left, and what was measured.
 
-    words    uint16[capacity]       time of the last use in units << 6 | class, which is uses << 2 | interval
+    words    uint16[capacity]       time of the last use in units << 6 | class, which is uses << 2 | interval, or rank << 2 | 2
     ghosts   uint16[lines, 32]      fingerprint << 4 | uses, of rows that left; 0 for none
     samples  int64[n]               time of the last use modulo 2**39 << 24 | fingerprint << 8 | class, of sampled rows by hash;
                                     0 for none
@@ -159,30 +160,32 @@ def _column(age: int) -> int:
 
 
 def _first_guess() -> npt.NDArray[np.int32]:
-    """Before anything was measured: uses by age."""
+    """Before anything was measured: uses by age. What the tier began with has been chosen, and stays."""
     ages = np.arange(_COLUMNS, dtype=np.int64)
     uses = np.arange(_CLASSES, dtype=np.int64)[:, None] // _INTERVALS
-    return ((uses << 24) // (1 + ages)).astype(np.int32)
+    guess = ((uses << 24) // (1 + ages)).astype(np.int32)
+    guess[_GIVEN::_INTERVALS] = _MOST_USES << 24
+    return guess
 
 
 def rank(state: State, keys: Any, slots: npt.NDArray[np.int32]) -> None:
-    """Hotter rows count as used more often: 15 times the first 225th of them, down to once the last eighth. That they were
-    admitted was no use of theirs: time, and what is measured, begins now.
+    """Rows are classes by their rank, from the hottest 225th of them to the last eighth, each worth what it turns out to be.
+    That they were admitted was no use of theirs: time, and what is measured, begins now.
     """
     for array in (state.samples, state.returns, state.reached, state.seen):
         array[:] = 0
     state.worth[:] = _first_guess()
     state.book[[_CLOCK, _GROUP, _LESSON]] = 0
     place = np.arange(slots.size) / max(slots.size, 1)
-    uses = np.maximum(_MOST_USES - np.floor(_MOST_USES * np.sqrt(place)), 1).astype(np.int64)
-    _begin_with(state, keys, slots, uses)
+    ranks = np.maximum(_RANKS - np.floor(_RANKS * np.sqrt(place)), 1).astype(np.int64)
+    _begin_with(state, keys, slots, ranks)
 
 
 @lean
-def _begin_with(state: State, keys: Any, slots: Any, uses: Any) -> None:
-    """These slots' rows were used so often, now."""
+def _begin_with(state: State, keys: Any, slots: Any, ranks: Any) -> None:
+    """These slots' rows are of these classes now."""
     for i in range(slots.size - 1, -1, -1):
-        slot, group = slots[i], (uses[i] << 2) | _GIVEN
+        slot, group = slots[i], (ranks[i] << 2) | _GIVEN
         state.words[slot] = group
         bits = mix(keys[slot] + 1)
         if bits & state.book[_SAMPLE_MASK] == 0:
@@ -196,7 +199,7 @@ def on_hit(state: State, keys: Any, slot: int) -> None:
     word = int64(state.words[slot])
     time = now >> state.book[_SHIFT]
     column = int64(state.age_of[(time - (word >> 6)) & (_TURN - 1)])
-    uses = (word >> 2) & 15
+    uses = _uses(word)
     uses += uses < _MOST_USES
     group = (uses << 2) | (_LONG if column >= _TIER else _SHORT)
     state.words[slot] = ((time & (_TURN - 1)) << 6) | group
@@ -241,10 +244,16 @@ def on_miss(state: State, keys: Any, pins: Any, key: int) -> int:
             return int64(BYPASS)
         if keys[slot] != EMPTY:
             prefetch(_ghosts_at(state, keys[slot]))
-            state.book[_LEFT], state.book[_LEFT_USES] = keys[slot], (int64(state.words[slot]) >> 2) & 15
+            state.book[_LEFT], state.book[_LEFT_USES] = keys[slot], _uses(int64(state.words[slot]))
             state.book[_LEFT_AT] = now
     state.words[slot] = (((now >> state.book[_SHIFT]) & (_TURN - 1)) << 6) | group
     return slot
+
+
+@inlined
+def _uses(word: int) -> int:
+    """How often a slot's row was used: once at least, which is all that is known of one that the tier began with."""
+    return int64(1) if word & 3 == _GIVEN else (word >> 2) & 15
 
 
 @inlined
@@ -439,9 +448,10 @@ def learn(state: State, group: int, now: int) -> None:
     state.seen[group] = now
     if state.reached[group, 0] >= _ENOUGH * _ONE:
         _judge(state, group)
-    elif group >= 2 * _INTERVALS:  # too few to judge: at least worth what one use less is
+    elif group >= 2 * _INTERVALS or group & 3 == _GIVEN:  # too few to judge: as newcomers, or what one use less is worth
+        like = group | _NONE if group & 3 == _GIVEN else group - _INTERVALS
         for age in range(_NUM_AGES):
-            state.worth[group, age] = state.worth[group - _INTERVALS, age]
+            state.worth[group, age] = state.worth[like, age]
     for age in range(_NUM_AGES):
         state.returns[group, age] -= state.returns[group, age] >> _FADE
         state.reached[group, age] -= state.reached[group, age] >> _FADE

@@ -38,7 +38,7 @@ class _Writer:
     def __init__(self, descriptor: int, tap: Tap, bases: Rows, lock: Any) -> None:
         self.descriptor, self.tap, self.bases, self.lock = descriptor, tap, bases, lock
         self.ending = threading.RLock()  # of the next two, and of what `state` says of the end
-        self.running = False
+        self.begun = False
         self.open = True
         self.state = np.zeros(16, np.int64)
         self.state[[FILE, WAKE, INTERVAL_NS]] = descriptor, tap.wake, int(1e9 * INTERVAL_S)
@@ -49,7 +49,7 @@ class _Writer:
         """Have the thread write what waits and end. A second time, or where it never began, there is nothing to do."""
         with self.ending:
             self.state[CLOSING] = 1
-            if not self.running:
+            if not self.begun:
                 self._close()
             elif self.open:
                 os.eventfd_write(self.tap.wake, 1)
@@ -57,9 +57,9 @@ class _Writer:
     def run(self) -> None:
         """The thread."""
         with self.ending:
-            if self.state[CLOSING]:
+            if not self.open:
                 return
-            self.running = True
+            self.begun = True
         error: OSError | None = None
         try:
             self._write_until_closing()
@@ -139,6 +139,7 @@ class Recorder:
         self._finalizer = weakref.finalize(self, _finish, self._process, self._thread, self._writer)
         try:
             self._thread.start()
+            self._writer.begun = True  # whether it came to run or not: what is recorded from here on, it writes
             recorders.append(self)
             self._connect(recorders)
         except BaseException:
@@ -229,5 +230,5 @@ def _finish(process: int, thread: threading.Thread, writer: _Writer) -> None:
     """End the thread, in the process that began it only."""
     if process == os.getpid():
         writer.end()
-        if writer.running and thread is not threading.current_thread():
+        if writer.begun and thread is not threading.current_thread():
             thread.join()

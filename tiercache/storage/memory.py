@@ -120,6 +120,8 @@ def read_rows(path: Path) -> npt.NDArray[np.int64]:
         raise FormatError(f"{path}: not a whole .npy file; allowed is a 1-D array of integers in one") from error
     if rows.size != mapped.size:
         raise FormatError(f"{path}: ends after {rows.size} of {mapped.size} row numbers")
+    if rows.dtype.kind == "u" and rows.max(initial=0) >= 1 << 63:
+        raise FormatError(f"{path}: has row {rows.max()}; allowed are rows below 2**63")
     return rows.astype(np.int64)
 
 
