@@ -18,7 +18,7 @@ from stores import config_of, descriptors_of, in_process, open_with, store_threa
 
 from tiercache import ClosedError, FormatError, StorageError, Store, tap
 from tiercache.recording import drain, recorder
-from tiercache.recording.blocks import Block, Damaged, Encoder, RecordedTable, head_block
+from tiercache.recording.blocks import HEADER, Block, Damaged, Encoder, RecordedTable, head_block
 from tiercache.recording.codec import NUMBER_BYTES, Packed, Packer, put_all, unpack, unpack_numbers
 from tiercache.recording.reader import DamagedRecording, Recording
 from tiercache.recording.recorder import Recorder
@@ -531,10 +531,15 @@ def test_a_killed_process_leaves_its_whole_blocks_and_the_next_goes_on(tmp_path:
     assert len(batches) == told.num_batches > 100
     assert batches == [("a", [turn % 1000, turn // 1000 % 1000]) for turn in range(len(batches))]
 
+    torn = block_bytes(block_of([7]))[:-1]
+    os.truncate(path, told.offset)
     with path.open("ab") as file:
-        file.write(block_bytes(block_of([7]))[:-1])
-    with open_store({"a": TABLES["a"]}) as store, store.record(path):
-        store.fetch([1, 2, 3])
+        file.write(torn)
+    with open_store({"a": TABLES["a"]}) as store:
+        with pytest.warns(RuntimeWarning, match=rf"rows\.trace: ends within a block.* its last {len(torn)} bytes are removed"):
+            recording = store.record(path)
+        with recording:
+            store.fetch([1, 2, 3])
     assert read(path) == [*batches, ("a", [1, 2, 3])]
 
 
@@ -599,7 +604,7 @@ def test_a_flipped_bit_anywhere_is_noticed_and_told(small: tuple[Path, bytes, li
 
 def test_a_damaged_recording_is_not_continued(small: tuple[Path, bytes, list[int], Batches]) -> None:
     path, data, ends, _ = small
-    for at in (3, ends[0] - 1, ends[3] + 20, len(data) - 1):
+    for at in (3, ends[0] - 1, ends[0] + HEADER.itemsize + 1, ends[3] + 20, len(data) - 1):
         damaged = bytearray(data)
         damaged[at] ^= 1
         path.write_bytes(damaged)

@@ -269,12 +269,11 @@ def whole_bytes(path: Path, file: BinaryIO, tables: list[RecordedTable]) -> int:
     """Bytes of the whole blocks of a recording of these tables, behind which another may be appended.
 
     A block whose end is missing is left out: its writer was killed. FormatError for anything else that is no whole recording,
-    or is one of other tables. Reads headers only, and the last block.
+    or is one of other tables. Reads all of it: nothing behind a damaged block can be read.
     """
     size = file.seek(0, 2)
     file.seek(0)
     end = 0
-    last: tuple[int, Any] | None = None
     try:
         while size - end >= HEADER.itemsize:
             file.seek(end)
@@ -282,18 +281,16 @@ def whole_bytes(path: Path, file: BinaryIO, tables: list[RecordedTable]) -> int:
             stop = end + HEADER.itemsize + int(header["payload_bytes"])
             if stop > size:
                 break
+            payload = read_payload(file, header)
             if header["kind"] == HEAD:
-                recorded = tables_of(read_payload(file, header))
+                recorded = tables_of(payload)
                 require_same(path, recorded, tables)
                 if recorded != tables:
                     raise FormatError(f"{path}: recorded of {_named(recorded)}; here are {_named(tables)}, which cannot follow")
-            last, end = (end, header), stop
-        if last is not None:
-            file.seek(last[0] + HEADER.itemsize)
-            read_payload(file, last[1])
+            end = stop
     except Damaged as error:
         raise FormatError(f"{path}: nothing can be appended to it: from byte {end}: {error}") from error
-    if last is None:
+    if end == 0:
         raise FormatError(f"{path}: is no recording of a store, and is not overwritten")
     return end
 

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import threading
+import warnings
 import weakref
 from contextlib import ExitStack
 from pathlib import Path
@@ -214,10 +215,23 @@ def _open(path: Path, tables: list[RecordedTable]) -> int:
             raise OSError(errno.EBUSY, "another store records to it") from error
         if os.fstat(descriptor).st_size:
             with open(path, "rb") as file:
-                os.ftruncate(descriptor, whole_bytes(path, file, tables))
+                _cut(path, descriptor, whole_bytes(path, file, tables))
         _write_all(descriptor, head_block(tables))
         stack.pop_all()
         return descriptor
+
+
+def _cut(path: Path, descriptor: int, whole: int) -> None:
+    """Leave the whole blocks of a file. A RuntimeWarning where there is more."""
+    torn = os.fstat(descriptor).st_size - whole
+    if torn:
+        warnings.warn(
+            f"{path}: ends within a block, as one whose process was killed or that was cut; its last {torn} bytes are removed, "
+            "and what they held is missing between what was recorded before and what is now",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        os.ftruncate(descriptor, whole)
 
 
 def _write_all(descriptor: int, data: bytes | memoryview) -> None:
