@@ -9,6 +9,7 @@ import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -316,7 +317,7 @@ def test_a_list_that_is_full_leaves_the_rest_out(tmp_path: Path, monkeypatch: py
     path = tmp_path / "rows.trace"
     lock = threading.RLock()
     recorders: list[Recorder] = []
-    recording = Recorder(path, ABOUT, lock, recorders, np.zeros(16, np.int64))
+    recording = Recorder(path, ABOUT, lock, recorders, np.zeros(16, np.int64), lambda: None)
     stuck = Stuck(recording, monkeypatch)
     nothing = np.empty(0, np.int64)
     most = tap.MOST_BATCHES - 1  # one entry may have to tell of batches left out
@@ -404,6 +405,37 @@ def test_a_recording_that_is_closed_before_its_thread_runs_is_whole(tmp_path: Pa
         closing.join()
     assert read(path) == [("a", [1, 2, 3])]
     assert descriptors_of(path) == 0
+
+
+def test_a_store_serves_and_closes_while_an_old_recording_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, reads, go = tmp_path / "rows.trace", threading.Event(), threading.Event()
+    record(path, [("a", [1, 2])])
+    read_whole = recorder.whole_bytes
+
+    def slowly(*arguments: Any) -> int:
+        reads.set()
+        assert go.wait(30)
+        return read_whole(*arguments)
+
+    monkeypatch.setattr(recorder, "whole_bytes", slowly)
+    store, raised = open_store(), []
+
+    def begin() -> None:
+        try:
+            store.record(path)
+        except ClosedError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    assert reads.wait(30)
+    store.fetch([1], table="b")
+    store.close()
+    go.set()
+    thread.join()
+    assert len(raised) == 1
+    assert descriptors_of(path) == 0
+    assert store_threads() == []
 
 
 def test_a_recorder_whose_thread_cannot_begin_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -324,9 +324,10 @@ class Store:
         with self._flights.lock:
             self._flights.require_open()
             counters = self._top.level.counters
-            if self._groups is not None:
-                counters = np.zeros_like(counters)  # a level of groups is asked for keys, not rows: see `Flights`
-            return Recorder(Path(path), self.recorded_tables(), self._flights.lock, self._flights.recorders, counters)
+        if self._groups is not None:
+            counters = np.zeros_like(counters)  # a level of groups is asked for keys, not rows: see `Flights`
+        flights = self._flights
+        return Recorder(Path(path), self.recorded_tables(), flights.lock, flights.recorders, counters, flights.require_open)
 
     def recorded_tables(self) -> list[RecordedTable]:
         """What a recording says of the tables, in the order of their rows."""

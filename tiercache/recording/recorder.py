@@ -12,6 +12,7 @@ import os
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -123,9 +124,18 @@ class Recorder:
     """A recording that goes on until it is closed, or its store is. Made by `Store.record`; a context manager."""
 
     def __init__(
-        self, path: Path, tables: list[RecordedTable], lock: Any, recorders: "list[Recorder]", counters: Rows
+        self,
+        path: Path,
+        tables: list[RecordedTable],
+        lock: Any,
+        recorders: "list[Recorder]",
+        counters: Rows,
+        require_open: Callable[[], None],
     ) -> None:
-        """For `Store.record`, under its lock. recorders: the store's; counters: of the level that is asked first."""
+        """For `Store.record`, without its lock: a file that is there is read, which takes its time.
+
+        lock, recorders, require_open: the store's; counters: of the level that is asked first.
+        """
         self.path = path
         self._process = os.getpid()
         self._lock, self._recorders, self._counters = lock, recorders, counters
@@ -139,13 +149,16 @@ class Recorder:
         self._thread = threading.Thread(target=self._writer.run, name="tiercache-record", daemon=True)
         self._finalizer = weakref.finalize(self, _finish, self._process, self._thread, self._writer)
         try:
-            self._thread.start()
-            self._writer.begun = True  # whether it came to run or not: what is recorded from here on, it writes
-            recorders.append(self)
-            self._connect(recorders)
+            with lock:
+                require_open()
+                self._thread.start()
+                self._writer.begun = True  # whether it came to run or not: what is recorded from here on, it writes
+                recorders.append(self)
+                self._connect(recorders)
         except BaseException:
-            self._leave()
-            self._writer.end()  # which nobody waits for here: the thread needs the lock
+            with lock:
+                self._leave()
+            self._writer.end()  # which nobody waits for here
             self._finalizer.detach()
             raise
 
