@@ -69,7 +69,7 @@ def _fetches(rows: Rows, num_rows: int, size: int, directory: Path, rounds: int)
     batches = [torch.from_numpy(rows[start : start + size]) for start in range(0, rows.size - size, size)]
     out = torch.empty((size, source.record.record_bytes), dtype=torch.uint8)
     capacity = np.unique(rows).size * 2 * source.record.record_bytes
-    turns: dict[bool, list[_Turn]] = {False: [], True: []}
+    not_recorded: list[_Turn] = []
     ratios: list[_Turn] = []
     taken = dropped = num_bytes = 0
     with Store.open({"host": {"capacity": capacity}}, tables={"rows": source}) as store:
@@ -92,9 +92,8 @@ def _fetches(rows: Rows, num_rows: int, size: int, directory: Path, rounds: int)
                 path.unlink()
             sums = [[sum(each) for each in zip(*of_round[recording], strict=True)] for recording in (True, False)]
             ratios.append(_Turn(*(recorded / alone for recorded, alone in zip(*sums, strict=True))))
-            for recording in (True, False):
-                turns[recording] += of_round[recording]
-    base = [1e6 * median(each) for each in zip(*turns[False], strict=True)]
+            not_recorded += of_round[False]
+    base = [1e6 * median(each) for each in zip(*not_recorded, strict=True)]
     elapsed, cpu, all_cpu = (median(each) * alone for each, alone in zip(zip(*ratios, strict=True), base, strict=True))
     what = f"fetch of {size:,} resident rows, recorded"
     return [

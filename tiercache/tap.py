@@ -40,6 +40,11 @@ MOST_ROWS = 1 << 22
 MOST_BATCHES = 1 << 17
 """Batches that may wait."""
 
+_PAST_CACHES = 256
+"""Rows of a batch from which on they are copied past the caches. The fence that this takes costs what a few lines do that
+another core has.
+"""
+
 LOST = -1
 """In place of a batch's row of the store: batches were left out here."""
 
@@ -192,7 +197,7 @@ def _put(address: int, first: int, rows: Any) -> None:
         end += 1
         target = load64(address + 8 * _ROWS_AT) + load64(address + 8 * _ROW_BYTES) * at
         if load64(address + 8 * _ROW_BYTES) == 4:
-            if size < 256:
+            if size < _PAST_CACHES:
                 narrow(target, rows.ctypes.data, size)
             else:
                 stream_narrow(target, rows.ctypes.data, size)

@@ -47,7 +47,8 @@ _INTERVALS = 4
 _SHORT, _LONG, _GIVEN, _NONE = range(4)
 """The interval before the last use: shorter than the tier's slots, in accesses, or longer; or none, as the tier began with the
 row, or as it has just come. A finer division makes classes that are learned more slowly than it tells."""
-_RANKS = 15
+_RANKS = _MOST_USES
+"""A rank takes the place of the uses."""
 _TIER = 20
 """Column of an age of as many accesses as the tier has slots."""
 _CLASSES = (_MOST_USES + 1) * _INTERVALS
